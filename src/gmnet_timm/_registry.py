@@ -1,0 +1,71 @@
+"""timm's registry as the model files of this package see it.
+
+Model files import from here what a file inside timm imports from `timm.models._registry`, so that they could move there
+unchanged. What a plugin needs beyond it is added here: names that timm itself ships stay timm's, an organisation on the
+Hub can be set as the source of weights, and a request for weights that do not exist is answered with the ways to get them.
+"""
+import functools
+import os
+import warnings
+from typing import Any, Callable, Dict
+
+from torch import nn
+
+from timm.models import is_model, model_entrypoint
+from timm.models import generate_default_cfgs as _generate_default_cfgs
+from timm.models import register_model as _register_model
+
+__all__ = ['HUB_ORG_VARIABLE', 'generate_default_cfgs', 'register_model']
+
+HUB_ORG_VARIABLE = 'GMNET_TIMM_HUB_ORG'
+
+_warned_of_timm_models = False
+
+
+def generate_default_cfgs(cfgs: Dict[str, Dict[str, Any]]):
+    """timm's `generate_default_cfgs`, with weights at `$GMNET_TIMM_HUB_ORG/<model>.<tag>` where the variable is set."""
+    org = os.environ.get(HUB_ORG_VARIABLE, '').strip('/')
+    if org:
+        cfgs = {name: {**cfg, 'hf_hub_id': f'{org}/{name}'} for name, cfg in cfgs.items()}
+    return _generate_default_cfgs(cfgs)
+
+
+def register_model(fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """Register a model entrypoint with timm, unless timm ships a model of that name itself.
+
+    Raises:
+        RuntimeError: By the registered entrypoint, for `pretrained=True` without a source of weights.
+    """
+    name = fn.__name__
+    if is_model(name) and model_entrypoint(name).__module__.startswith('timm.'):
+        _warn_of_timm_models(name)
+        return fn
+
+    @functools.wraps(fn)
+    def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        try:
+            return fn(pretrained=pretrained, **kwargs)
+        except RuntimeError as e:
+            if pretrained and 'No pretrained weights exist' in str(e):
+                raise RuntimeError(_no_weights_message(name)) from None
+            raise
+
+    return _register_model(entrypoint)
+
+
+def _warn_of_timm_models(name: str) -> None:
+    global _warned_of_timm_models
+    if not _warned_of_timm_models:
+        warnings.warn(f'timm ships {name} itself: its models keep their names, those of gmnet-timm are not registered.')
+        _warned_of_timm_models = True
+
+
+def _no_weights_message(name: str) -> str:
+    return (
+        f'No pretrained weights of {name} have been published. Ways to get some:\n'
+        f"  a checkpoint of the authors:  timm.create_model('{name}', pretrained=True, "
+        f"pretrained_cfg_overlay=dict(file='checkpoint.pth'))\n"
+        f"  a repository on the Hub:      timm.create_model('hf-hub:owner/name', pretrained=True)\n"
+        f'  an organisation on the Hub:   export {HUB_ORG_VARIABLE}=owner, for owner/{name}.in1k\n'
+        f'Use pretrained=False for random weights.'
+    )

@@ -1,0 +1,43 @@
+"""The `gmnet-timm` command: one thin sub-command a capability.
+
+Each `_add_<command>` declares the arguments and the function that runs it. Capabilities are imported by the function, so
+that `--help` stays fast and a missing extra only concerns the command that needs it.
+"""
+import argparse
+import sys
+from typing import List, Optional
+
+from gmnet_timm import __version__
+
+
+class CommandError(Exception):
+    """Something the user can mend; printed as one message, without a traceback."""
+
+
+def main(argv: Optional[List[str]] = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments, those of the process if None.
+
+    Returns:
+        Exit status: 0 for success, 1 for an error that the user can mend, 2 for wrong arguments, 130 after Ctrl-C.
+    """
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except CommandError as e:
+        print(f'error: {e}', file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print('interrupted', file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog='gmnet-timm', description='GmNet (ICLR 2026) for timm.')
+    parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
+    commands = parser.add_subparsers(metavar='command', required=True)
+    _add_demo(commands)
+    _add_info(commands)
+    return parser
