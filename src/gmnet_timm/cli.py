@@ -8,10 +8,7 @@ import sys
 from typing import List, Optional
 
 from gmnet_timm import __version__
-
-
-class CommandError(Exception):
-    """Something the user can mend; printed as one message, without a traceback."""
+from gmnet_timm.errors import UserError
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -26,7 +23,7 @@ def main(argv: Optional[List[str]] = None) -> int:
     args = _parser().parse_args(argv)
     try:
         return args.run(args) or 0
-    except CommandError as e:
+    except UserError as e:
         print(f'error: {e}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -41,3 +38,14 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_info(commands)
     return parser
+
+
+def _add_info(commands) -> None:
+    parser = commands.add_parser(
+        'info', help='sizes, cost, provenance and weights of the models', description=_run_info.__doc__)
+    parser.add_argument('model', nargs='?', help='a registered name, default: one line for each of this package')
+    parser.set_defaults(run=_run_info)
+
+
+def _run_info(args: argparse.Namespace) -> None:
+    """Print sizes, multiply-adds, provenance and weights of the models."""
