@@ -35,17 +35,35 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='gmnet-timm', description='GmNet (ICLR 2026) for timm.')
     parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
     commands = parser.add_subparsers(metavar='command', required=True)
-    _add_demo(commands)
     _add_info(commands)
     return parser
 
 
 def _add_info(commands) -> None:
     parser = commands.add_parser(
-        'info', help='sizes, cost, provenance and weights of the models', description=_run_info.__doc__)
-    parser.add_argument('model', nargs='?', help='a registered name, default: one line for each of this package')
+        'info',
+        help='sizes, cost, provenance and weights of the models, or what a checkpoint holds',
+        description=_run_info.__doc__,
+    )
+    parser.add_argument('model', nargs='?', help='a model name or a checkpoint file (default: a table of all models)')
     parser.set_defaults(run=_run_info)
 
 
 def _run_info(args: argparse.Namespace) -> None:
-    """Print sizes, multiply-adds, provenance and weights of the models."""
+    """Print sizes, multiply-adds, provenance and weights of a model, or what a checkpoint file holds."""
+    import os
+
+    from timm.models import is_model, list_models
+
+    from gmnet_timm.checkpoint import infer_architecture, read_state_dict
+    from gmnet_timm.info import PAPER, format_model, format_table, model_info
+
+    if args.model is None:
+        print(format_table([model_info(name) for name in PAPER]))
+    elif is_model(args.model):
+        print(format_model(model_info(args.model)))
+    elif os.path.exists(args.model):
+        print(infer_architecture(read_state_dict(args.model)).describe())
+    else:
+        raise UserError(
+            f'{args.model} is neither a model nor a checkpoint file. Models: {", ".join(list_models("gmnet*"))}.')
