@@ -6,6 +6,7 @@ here would import timm in the middle of `import torch`.
 
 Set GMNET_TIMM_AUTOLOAD=0 to turn it off.
 """
+import contextlib
 import importlib.util
 import os
 import sys
@@ -69,7 +70,5 @@ def _register():
 
 
 def _warn(error):
-    try:
+    with contextlib.suppress(Warning):  # `python -W error` must not turn this into a failed `import torch`
         warnings.warn(f'gmnet_timm could not register its models with timm: {error!r}', stacklevel=2)
-    except Warning:
-        pass  # `python -W error` must not turn this into a failed `import torch`

@@ -2,18 +2,17 @@
 
 Model files import from here what a file inside timm imports from `timm.models._registry`, so that they could move there
 unchanged. What a plugin needs beyond it is added here: names that timm itself ships stay timm's, an organisation on the
-Hub can be set as the source of weights, and a request for weights that do not exist is answered with the ways to get them.
+Hub can be set as the source of weights, and asking for weights that do not exist is answered with ways to get some.
 """
 import functools
 import os
 import warnings
 from typing import Any, Callable, Dict
 
-from torch import nn
-
-from timm.models import is_model, model_entrypoint
 from timm.models import generate_default_cfgs as _generate_default_cfgs
+from timm.models import is_model, model_entrypoint
 from timm.models import register_model as _register_model
+from torch import nn
 
 __all__ = ['HUB_ORG_VARIABLE', 'generate_default_cfgs', 'register_model']
 
@@ -27,7 +26,7 @@ def generate_default_cfgs(cfgs: Dict[str, Dict[str, Any]]):
     org = os.environ.get(HUB_ORG_VARIABLE, '').strip('/')
     if org:
         cfgs = {name: {**cfg, 'hf_hub_id': f'{org}/{name}'} for name, cfg in cfgs.items()}
-    return _generate_default_cfgs(cfgs)
+    return _generate_default_cfgs({**cfgs})
 
 
 def register_model(fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
@@ -56,7 +55,8 @@ def register_model(fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
 def _warn_of_timm_models(name: str) -> None:
     global _warned_of_timm_models
     if not _warned_of_timm_models:
-        warnings.warn(f'timm ships {name} itself: its models keep their names, those of gmnet-timm are not registered.')
+        warnings.warn(
+            f'timm ships {name} itself: its models keep their names, those of gmnet-timm are not registered.', stacklevel=3)
         _warned_of_timm_models = True
 
 

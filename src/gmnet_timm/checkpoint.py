@@ -86,7 +86,7 @@ class Architecture:
 def read_state_dict(path: Union[str, Path], use_ema: bool = True) -> Dict[str, torch.Tensor]:
     """Read the weights of a checkpoint file, without running any code that it may carry.
 
-    Takes what timm takes: a bare state dict or one under `state_dict_ema`, `model_ema`, `state_dict` or `model`, with or
+    Takes what timm takes: a state dict, bare or under `state_dict_ema`, `model_ema`, `state_dict` or `model`, with or
     without the `module.` prefix of DistributedDataParallel, in torch's or in safetensors format.
 
     Args:
@@ -127,10 +127,11 @@ def infer_architecture(state_dict: Dict[str, torch.Tensor], verify: bool = True)
     shapes = {key: tuple(value.shape) for key, value in state_dict.items()}
     if 'stem.0.weight' in shapes and 'stages.0.0.0.weight' in shapes:
         raise CheckpointError(
-            'These weights were folded by reparameterize_model, which cannot be undone: use the checkpoint it started from.')
+            'These weights were folded by reparameterize_model, which cannot be undone. Use the checkpoint before.')
     stem = _conv_shape(shapes, 'stem.0.conv.weight')
-    dims = [_conv_shape(shapes, f'stages.{i}.0.0.conv.weight')[0] for i in range(max(1, _count(shapes, r'stages\.(\d+)\.')))]
-    depths = tuple(_count(shapes, rf'stages\.{i}\.(\d+)\.f1\.conv\.weight$') - 1 for i in range(len(dims)))
+    num_stages = max(1, _count(shapes, r'stages\.(\d+)\.'))
+    dims = [_conv_shape(shapes, f'stages.{i}.0.0.conv.weight')[0] for i in range(num_stages)]
+    depths = tuple(_count(shapes, rf'stages\.{i}\.(\d+)\.f1\.conv\.weight$') - 1 for i in range(num_stages))
     if min(depths) < 1:
         raise CheckpointError(f'This is not a GmNet: its stages have {depths} blocks.')
     hidden = [_conv_shape(shapes, f'stages.{i}.1.f1.conv.weight')[0] for i in range(len(dims))]
@@ -209,14 +210,12 @@ def _verify_shapes(shapes: Dict[str, Tuple[int, ...]], architecture: Architectur
 
 
 def _reason(error: Exception) -> str:
-    text = ' '.join(str(error).split()) or type(error).__name__
-    if 'weights_only' in text.lower() or 'weights only' in text.lower():
-        detail = re.search(r'Unsupported globals: [^\s]+', text)
-        return (
-            'It is not in the format of a checkpoint, or a pickle that would run code, which is refused. '
-            f'{detail.group(0) if detail else ""}'
-        ).strip()
-    return f'It is damaged or in another format: {text[:200]}'
+    text = ' '.join(str(error).split())
+    if 'weights_only' in text or 'Weights only' in text:
+        blocked = re.search(r'Unsupported globals: (.*?)\. No automatic', text)  # timm's message, where it knows them
+        names = f' It asks for {blocked.group(1)[:200]}.' if blocked else ''
+        return f'It is in another format, or a pickle that would run code, which is refused.{names}'
+    return f'It is damaged or in another format ({type(error).__name__}: {text.split(". ")[0][:200]}).'
 
 
 def _listed(keys: List[str]) -> str:

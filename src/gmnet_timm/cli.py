@@ -1,7 +1,7 @@
 """The `gmnet-timm` command: one thin sub-command a capability.
 
-Each `_add_<command>` declares the arguments and the function that runs it. Capabilities are imported by the function, so
-that `--help` stays fast and a missing extra only concerns the command that needs it.
+Each `_add_<command>` declares the arguments and the function that runs it. Capabilities are imported by that
+function, so that a missing extra only concerns the command that needs it.
 """
 import argparse
 import sys

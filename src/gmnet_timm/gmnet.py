@@ -27,7 +27,7 @@ from timm.layers import DropPath, LayerType, calculate_drop_path_rates, create_c
     get_device_dtype, get_norm_layer, trunc_normal_
 from timm.models._builder import build_model_with_cfg
 from timm.models._features import feature_take_indices
-from timm.models._manipulate import checkpoint_seq
+from timm.models._manipulate import MATCH_PREV_GROUP, checkpoint_seq
 from ._registry import generate_default_cfgs, register_model
 
 __all__ = ['GmNet']
@@ -246,7 +246,7 @@ class GmNet(nn.Module):
             stem=r'^stem',
             blocks=[
                 (r'^stages\.(\d+)' if coarse else r'^stages\.(\d+)\.(\d+)', None),
-                (r'^norm', (99999,)),
+                (r'^norm', MATCH_PREV_GROUP),
             ],
         )
 

@@ -3,7 +3,7 @@ import dataclasses
 from typing import Dict, List, Optional, Tuple
 
 import torch
-from timm.models import create_model, get_pretrained_cfg
+from timm.models import PretrainedCfg, create_model, get_pretrained_cfg
 from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = ['PAPER', 'ModelInfo', 'PaperResult', 'count_macs', 'format_model', 'format_table', 'model_info']
@@ -64,16 +64,20 @@ def model_info(name: str) -> ModelInfo:
         RuntimeError: timm knows no model of that name.
     """
     model = create_model(name, device='meta')
-    cfg = get_pretrained_cfg(name)
+    cfg = _pretrained_cfg(name)
     input_size = cfg.input_size
     return ModelInfo(
         name=name,
         params=sum(p.numel() for p in model.parameters()),
         macs=count_macs(model, input_size),
         input_size=input_size,
-        weights=cfg.file or (f'hf-hub:{cfg.hf_hub_id}' if cfg.hf_hub_id else cfg.url) or None,
+        weights=f'hf-hub:{cfg.hf_hub_id}' if cfg.hf_hub_id else str(cfg.url or '') or None,
         paper=PAPER.get(name.split('.')[0]),
     )
+
+
+def _pretrained_cfg(name: str) -> PretrainedCfg:
+    return get_pretrained_cfg(name) or PretrainedCfg()
 
 
 def format_table(infos: List[ModelInfo]) -> str:
@@ -100,7 +104,7 @@ def format_table(infos: List[ModelInfo]) -> str:
 
 def format_model(info: ModelInfo) -> str:
     """Everything known of one model, a line each."""
-    cfg = get_pretrained_cfg(info.name)
+    cfg = _pretrained_cfg(info.name)
     rows = [
         ('model', info.name),
         ('params', f'{info.params:,}'),

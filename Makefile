@@ -1,0 +1,45 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Each sets up .venv by itself.
+PYTHON ?= python3
+VENV ?= .venv
+# Versions to test with, e.g. `make test CONSTRAINTS=tests/constraints-lowest.txt VENV=.venv-lowest`
+CONSTRAINTS ?=
+
+BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest -n 2
+# Threads that spin while they wait make everything crawl when two processes share two cores.
+export OMP_WAIT_POLICY := PASSIVE
+# Tests call the `gmnet-timm` of this environment.
+export PATH := $(abspath $(BIN)):$(PATH)
+
+.PHONY: demo test test-slow lint format build clean
+
+demo: $(VENV)/demo.installed
+	$(BIN)/gmnet-timm demo $(ARGS)
+
+test: $(VENV)/test.installed
+	$(PYTEST) -m 'not slow' $(ARGS)
+
+test-slow: $(VENV)/test.installed
+	$(PYTEST) -m slow $(ARGS)
+
+lint: $(VENV)/test.installed $(VENV)/lint.installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/zizmor --offline --quiet .github/workflows
+
+format: $(VENV)/lint.installed
+	$(BIN)/ruff check --fix .
+
+build: $(VENV)/build.installed
+	$(BIN)/python -m build
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/%.installed: pyproject.toml $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --editable '.[$*]' $(addprefix --constraint ,$(CONSTRAINTS))
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache dist

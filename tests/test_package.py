@@ -1,0 +1,66 @@
+"""What pip installs: the wheel, its metadata and its dependencies."""
+import importlib.metadata
+import re
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import gmnet_timm
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_five_base_dependencies_with_the_floors_that_are_tested():
+    base = [r for r in importlib.metadata.requires('gmnet-timm') if 'extra ==' not in r]
+    floors = {re.split('[>=]', r)[0].replace('-', '_'): r.split('>=')[1] for r in base}
+    assert sorted(floors) == ['huggingface_hub', 'safetensors', 'timm', 'torch', 'torchvision']
+    lowest = (ROOT / 'tests' / 'constraints-lowest.txt').read_text()
+    tested = dict(line.split('==') for line in lowest.splitlines() if '==' in line)
+    for name, floor in floors.items():
+        assert tested[name] == floor or tested[name] == f'{floor}.0', name
+
+
+def test_version_is_the_same_everywhere():
+    assert importlib.metadata.version('gmnet-timm') == gmnet_timm.__version__
+    assert f'\nversion: {gmnet_timm.__version__}\n' in (ROOT / 'CITATION.cff').read_text()
+
+
+@pytest.fixture(scope='module')
+def wheel(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('wheel')
+    pip = [sys.executable, '-m', 'pip', 'wheel', '--quiet', '--no-deps', '--wheel-dir', str(folder), str(ROOT)]
+    subprocess.run(pip, check=True, timeout=240)
+    return next(folder.glob('gmnet_timm-*.whl'))
+
+
+@pytest.mark.slow
+def test_wheel_holds_the_package(wheel):
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if '.dist-info/' not in name}
+    sources = {str(path.relative_to(ROOT / 'src')) for path in (ROOT / 'src').rglob('*')
+               if path.is_file() and '__pycache__' not in path.parts}
+    assert names == sources
+    assert {'gmnet_timm_autoload.py', 'gmnet_timm/py.typed'} <= names
+
+
+@pytest.mark.slow
+def test_wheel_works_like_the_checkout(wheel, tmp_path):
+    """Installed without the checkout in sight; only the dependencies are those of this environment."""
+    venv = tmp_path / 'venv'
+    subprocess.run([sys.executable, '-m', 'venv', str(venv)], check=True)
+    python = venv / 'bin' / 'python'
+    subprocess.run([python, '-m', 'pip', 'install', '--quiet', '--no-deps', '--no-index', wheel], check=True)
+    site = next(venv.glob('lib/python*/site-packages'))
+    # a path in a .pth file is searched for modules, its own .pth files (the editable checkout's) are not read
+    (site / 'dependencies.pth').write_text(sysconfig.get_path('purelib'))
+    code = (
+        "import timm; model = timm.create_model('gmnet_s1'); import gmnet_timm, gmnet_timm_autoload; "
+        "print(gmnet_timm.__file__, gmnet_timm_autoload.__file__, timm.list_models('gmnet*'))"
+    )
+    output = subprocess.run([python, '-c', code], capture_output=True, text=True, check=True, cwd=tmp_path).stdout
+    assert output.count(str(site)) == 2 and 'gmnet_s4' in output
+    info = subprocess.run([venv / 'bin' / 'gmnet-timm', 'info'], capture_output=True, text=True, check=True)
+    assert '17,061,460' in info.stdout

@@ -1,0 +1,237 @@
+"""The models are there whenever timm is, in processes that never import gmnet_timm themselves."""
+import json
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import timm
+import torch
+from conftest import SIZES, create
+from timm.models import get_pretrained_cfg, save_for_hf
+
+
+def run(code, *python_args, env=None, command=None):
+    """Run code in a fresh interpreter; returns what it printed to stdout and stderr together."""
+    command = command or [sys.executable, *python_args, '-c', textwrap.dedent(code)]
+    env = {**os.environ, **(env or {})}
+    result = subprocess.run(
+        command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=120)
+    assert result.returncode == 0, result.stdout
+    return result.stdout.strip()
+
+
+CREATE = "assert timm.create_model('gmnet_s1').num_classes == 1000; print(timm.list_models('gmnet*'))"
+
+
+@pytest.mark.parametrize('imports', [
+    'import timm',
+    'import torch, timm',
+    'import timm, torch',
+    'import timm.models, timm',
+    'import timm.layers, timm',
+    'from timm.models.resnet import ResNet; import timm',
+    'import torchvision, timm',
+    'import gmnet_timm, timm',
+    'import timm, gmnet_timm',
+    'import torch, gmnet_timm, timm',
+    'import gmnet_timm.checkpoint, timm',
+])
+def test_no_import_is_needed_in_any_order(imports):
+    assert run(f'{imports}; {CREATE}') == str(list(SIZES))
+
+
+def test_autoload_can_be_turned_off():
+    off = {'GMNET_TIMM_AUTOLOAD': '0'}
+    assert run("import timm; print(timm.list_models('gmnet*'))", env=off) == '[]'
+    assert run(f'import gmnet_timm, timm; {CREATE}', env=off) == str(list(SIZES))
+
+
+def test_import_torch_stays_as_it_was():
+    assert run('''
+        import sys, torch
+        assert 'gmnet_timm_autoload' in sys.modules
+        assert not [name for name in sys.modules if name.split('.')[0] in ('timm', 'gmnet_timm')]
+    ''', '-W', 'error::UserWarning') == ''
+
+
+def test_hook_leaves_no_trace():
+    run('''
+        import sys, importlib.machinery, timm, timm.models
+        assert not [f for f in sys.meta_path if type(f).__module__ == 'gmnet_timm_autoload']
+        loader = timm.models.__spec__.loader
+        assert type(loader) is importlib.machinery.SourceFileLoader and 'exec_module' not in vars(loader)
+    ''')
+
+
+def test_hook_costs_under_2_ms():
+    measure = '''
+        import time, torch
+        start = time.perf_counter()
+        import gmnet_timm_autoload
+        gmnet_timm_autoload.install()
+        print(time.perf_counter() - start)
+    '''
+    off = {'TORCH_DEVICE_BACKEND_AUTOLOAD': '0'}
+    assert min(float(run(measure, env=off)) for _ in range(3)) < 2e-3
+
+
+def test_looking_for_timm_models_does_not_use_the_hook_up():
+    assert run(f'''
+        import torch, importlib.util
+        assert importlib.util.find_spec('timm.models')
+        import timm; {CREATE}
+    ''') == str(list(SIZES))
+
+
+def test_a_failed_import_of_timm_models_can_be_repeated():
+    assert run(f'''
+        import sys, torch
+        sys.modules['timm.models.vgg'] = None  # makes timm.models fail half-way
+        try:
+            import timm.models
+        except ImportError:
+            pass
+        else:
+            raise AssertionError
+        for name in [name for name in sys.modules if name.split('.')[0] in ('timm', 'gmnet_timm')]:
+            del sys.modules[name]
+        import timm; {CREATE}
+    ''') == str(list(SIZES))
+
+
+@pytest.mark.parametrize('python_args', [(), ('-W', 'error')])
+def test_a_broken_plugin_is_a_warning(tmp_path, python_args):
+    (tmp_path / 'gmnet_timm').mkdir()
+    (tmp_path / 'gmnet_timm' / '__init__.py').write_text('raise RuntimeError("broken on purpose")')
+    output = run('''
+        import warnings
+        warnings.filterwarnings('ignore', category=DeprecationWarning)  # torch's own
+        import torch, timm
+        print(timm.is_model('resnet18'))
+    ''', *python_args, env={'PYTHONPATH': str(tmp_path)})
+    assert output.endswith('True')
+    assert ('broken on purpose' in output) == (not python_args)
+
+
+def test_spawned_workers(tmp_path):
+    script = tmp_path / 'spawn.py'
+    script.write_text(textwrap.dedent('''
+        import multiprocessing
+        import timm
+        import torch
+
+        def work(model):
+            return type(model).__name__, type(timm.create_model('gmnet_s2')).__name__
+
+        if __name__ == '__main__':
+            with multiprocessing.get_context('spawn').Pool(1) as pool:
+                print(pool.apply(work, [timm.create_model('gmnet_s1')]))
+    '''))
+    assert run('', command=[sys.executable, str(script)]) == "('GmNet', 'GmNet')"
+
+
+def test_torchrun(tmp_path):
+    script = tmp_path / 'ranks.py'
+    script.write_text("import os, timm; timm.create_model('gmnet_s1'); open(os.environ['RANK'], 'w').close()")
+    subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--standalone', str(script)],
+        cwd=tmp_path, check=True, capture_output=True, timeout=240)
+    assert (tmp_path / '0').exists() and (tmp_path / '1').exists()
+
+
+def test_models_that_timm_ships_stay():
+    output = run('''
+        import sys, types, timm.models, timm
+        module = sys.modules['timm.models.gmnet'] = types.ModuleType('timm.models.gmnet')
+        exec("""
+        def gmnet_s1(pretrained=False, **kwargs):
+            return "timm's own"
+        def gmnet_s2(pretrained=False, **kwargs):
+            return "timm's own"
+        """.replace("\\n        ", "\\n"), vars(module))
+        timm.models.register_model(module.gmnet_s1)
+        timm.models.register_model(module.gmnet_s2)
+        import gmnet_timm
+        print(timm.create_model.__module__, timm.models.model_entrypoint('gmnet_s1')(), timm.is_model('gmnet_s3'))
+    ''', env={'GMNET_TIMM_AUTOLOAD': '0'})
+    assert output.count('timm ships gmnet_s1 itself') == 1 and 'Overwriting' not in output
+    assert output.endswith("timm's own True")
+
+
+# --- pretrained configs ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('name', SIZES)
+def test_pretrained_config(name):
+    cfg = get_pretrained_cfg(f'{name}.in1k')
+    assert get_pretrained_cfg(name) == cfg
+    assert (cfg.architecture, cfg.tag, cfg.num_classes) == (name, 'in1k', 1000)
+    assert (cfg.input_size, cfg.interpolation, cfg.crop_pct) == ((3, 224, 224), 'bicubic', 0.875)
+    assert (cfg.mean, cfg.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert cfg.paper_ids == 'arXiv:2503.22841' and 'Revisiting Gating Mechanisms' in cfg.paper_name
+    assert not cfg.has_weights and not timm.is_model_pretrained(f'{name}.in1k')
+
+
+def test_no_weights_are_claimed():
+    assert timm.list_pretrained('gmnet*') == []
+    with pytest.raises(RuntimeError) as e:
+        timm.create_model('gmnet_s3', pretrained=True)
+    for way in ("pretrained_cfg_overlay=dict(file=", 'hf-hub:owner/name', 'GMNET_TIMM_HUB_ORG', 'pretrained=False'):
+        assert way in str(e.value)
+
+
+def test_other_errors_of_pretrained_models_are_not_hidden(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        timm.create_model('gmnet_s3', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'none.pth')))
+
+
+def test_hub_organisation_from_the_environment():
+    listed = run('''
+        import timm
+        names = timm.list_pretrained('gmnet*')
+        print(names, [timm.get_pretrained_cfg(name).hf_hub_id for name in names])
+    ''', env={'GMNET_TIMM_HUB_ORG': 'someone'})
+    names = [f'{name}.in1k' for name in SIZES]
+    assert listed == f'{names} {[f"someone/{name}" for name in names]}'
+
+
+# --- local-dir and hf-hub names -------------------------------------------------------------------------------------
+
+
+LOAD = '''
+    import sys, timm, torch
+    model = timm.create_model(sys.argv[1], pretrained=True).eval()
+    assert 'gmnet_timm.gmnet' in sys.modules
+    print(model(torch.linspace(-1, 1, 2 * 32 * 32).view(1, 2, 32, 32)).sum().item())
+'''
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A saved model with other arguments than the registered ones, and what LOAD prints for it."""
+    model = create('gmnet_s1', num_classes=3, in_chans=2, depths=(1, 1, 1, 1))
+    save_for_hf(model, tmp_path / 'model', model_args=dict(in_chans=2, depths=(1, 1, 1, 1)))
+    output = model(torch.linspace(-1, 1, 2 * 32 * 32).view(1, 2, 32, 32)).sum().item()
+    return tmp_path / 'model', output
+
+
+def test_local_dir_in_a_fresh_process(saved):
+    folder, expected = saved
+    output = run('', command=[sys.executable, '-c', textwrap.dedent(LOAD), f'local-dir:{folder}'])
+    assert float(output) == pytest.approx(expected, rel=1e-5)
+
+
+def test_hf_hub_in_a_fresh_process(saved, tmp_path):
+    folder, expected = saved
+    # the Hub's cache as its client would have filled it
+    repo = tmp_path / 'hub' / 'models--owner--name'
+    (repo / 'refs').mkdir(parents=True)
+    (repo / 'refs' / 'main').write_text('0' * 40)
+    (repo / 'snapshots').mkdir()
+    folder.rename(repo / 'snapshots' / ('0' * 40))
+    assert json.loads((repo / 'snapshots' / ('0' * 40) / 'config.json').read_text())['architecture'] == 'gmnet_s1'
+    output = run('', command=[sys.executable, '-c', textwrap.dedent(LOAD), 'hf-hub:owner/name'],
+                 env={'HF_HUB_CACHE': str(tmp_path / 'hub'), 'HF_HUB_OFFLINE': '1'})
+    assert float(output) == pytest.approx(expected, rel=1e-5)
