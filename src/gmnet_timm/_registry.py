@@ -56,7 +56,9 @@ def _warn_of_timm_models(name: str) -> None:
     global _warned_of_timm_models
     if not _warned_of_timm_models:
         warnings.warn(
-            f'timm ships {name} itself: its models keep their names, those of gmnet-timm are not registered.', stacklevel=3)
+            f'timm ships {name} itself: its models keep their names, those of gmnet-timm are not registered.',
+            stacklevel=3,
+        )
         _warned_of_timm_models = True
 
 
