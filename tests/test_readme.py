@@ -1,0 +1,50 @@
+"""Every example of the README and of docs/ is run as it is printed.
+
+In a document, ```python blocks are run in order in one process, ```bash blocks line by line in one shell, both in an
+empty folder that holds `photo.jpg`. A block after `<!-- not run: reason -->` is not run.
+"""
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+# `make` and installing are what CI itself does before it comes here
+NOT_AGAIN = re.compile(r'^(make|pip install|git clone|cd) ?.*\n', re.MULTILINE)
+
+
+def blocks(document: Path, language: str):
+    pattern = rf'(<!-- not run: [^\n]+-->\n)?```{language}\n(.*?)```'
+    return [code for skip, code in re.findall(pattern, document.read_text(), re.DOTALL) if not skip]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    Image.radial_gradient('L').convert('RGB').resize((500, 375)).save(tmp_path / 'photo.jpg')
+    return tmp_path
+
+
+def run(command, folder):
+    env = {**os.environ, 'HF_HUB_OFFLINE': '1', 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
+    result = subprocess.run(
+        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
+    assert result.returncode == 0, result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_readme(folder):
+    run([sys.executable, '-c', '\n'.join(blocks(ROOT / 'README.md', 'python'))], folder)
+    for code in blocks(ROOT / 'README.md', 'bash'):
+        run(['bash', '-euo', 'pipefail', '-c', NOT_AGAIN.sub('', code)], folder)
+
+
+def test_links_and_pictures_exist():
+    for document in [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *(ROOT / 'docs').glob('*.md')]:
+        for target in re.findall(r'\]\(([^)#]+)[^)]*\)|src="([^"]+)"', document.read_text()):
+            target = ''.join(target)
+            assert target.startswith('https://') or (document.parent / target).exists(), f'{document}: {target}'
