@@ -536,18 +536,19 @@ def _draw_contact_sheet(model: nn.Module, data: PhotoPatches, path: Path, seed: 
 
     Nothing depends on colour: a wrong prediction has a thick frame and white text on black.
     """
-    tile, text, pad = 2 * PATCH_SIZE, 40, 12
+    tile, text, pad = 2 * PATCH_SIZE, 54, 12
+    rows = min(rows, data.num_val // len(data.classes))
     cell_w, cell_h, top = tile + 2 * pad, tile + text + 2 * pad, 56
     sheet = Image.new('L', (cell_w * len(data.classes) + 2 * pad, cell_h * rows + top), 255)
     draw, font, title = ImageDraw.Draw(sheet), ImageFont.load_default(13), ImageFont.load_default(17)
     draw.text((2 * pad, 8), 'Validation patches: the photograph, and what the model says', 0, title)
-    draw.text((2 * pad, 32), 'wrong predictions: black frame, white on black. Per cent: the confidence', 0, font)
+    draw.text((2 * pad, 32), 'Per cent: the confidence. Wrong predictions are on black.', 0, font)
     transform = create_transform(**resolve_model_data_config(model))
     labels = model.pretrained_cfg['label_names']
     rng = random.Random(seed)
     for col, name in enumerate(data.classes):
         files = sorted((data.root / 'validation' / name).glob('*.png'))
-        for row, file in enumerate(rng.sample(files, min(rows, len(files)))):
+        for row, file in enumerate(rng.sample(files, rows)):
             with Image.open(file) as image:
                 patch = image.convert('L')
             with torch.inference_mode():
@@ -557,7 +558,7 @@ def _draw_contact_sheet(model: nn.Module, data: PhotoPatches, path: Path, seed: 
             if wrong:
                 draw.rectangle((x + 4, y + 4, x + cell_w - 4, y + cell_h - 4), 0)
             sheet.paste(patch.resize((tile, tile), Image.Resampling.NEAREST), (x + pad, y + pad))
-            caption = f'{name}\n{"WRONG: " if wrong else "= "}{said} {100 * confidence:.0f} %'
+            caption = f'truth: {name}\nmodel: {said}\n{100 * confidence:.0f} %{"  WRONG" if wrong else ""}'
             draw.text((x + pad, y + pad + tile + 4), caption, 255 if wrong else 0, font)
     with _writing(path):
         sheet.save(path)
