@@ -20,17 +20,17 @@ from timm.models import load_checkpoint
 
 pytest.importorskip('skimage')
 
-from gmnet_timm import demo  # noqa: E402
-from gmnet_timm.cli import main  # noqa: E402
-from gmnet_timm.errors import MissingExtraError, UserError  # noqa: E402
+from gmnet_timm import demo
+from gmnet_timm.cli import main
+from gmnet_timm.errors import MissingExtraError, UserError
 
-TINY = dict(patches=4, batch_size=8, epochs=2, device='cpu')
-TINY_FLAGS = ['--patches', '4', '--batch-size', '8', '--epochs', '2', '--device', 'cpu']
+TINY = dict(patches=8, batch_size=16, epochs=2, device='cpu')
+TINY_FLAGS = ['--patches', '8', '--batch-size', '16', '--epochs', '2', '--device', 'cpu']
 
 
 @pytest.fixture(scope='module')
 def patches(tmp_path_factory):
-    return demo.prepare_photo_patches(tmp_path_factory.mktemp('patches') / 'data', patches=6, seed=1)
+    return demo.prepare_photo_patches(tmp_path_factory.mktemp('patches') / 'data', patches=8, seed=1)
 
 
 @pytest.fixture(scope='module')
@@ -90,13 +90,13 @@ def test_no_photograph_is_mostly_constant():
 
 def test_statistics_and_counts_are_of_the_files(patches):
     train = np.stack([np.asarray(Image.open(p)) for p in sorted(patches.root.glob('train/*/*.png'))]) / 255
-    assert len(train) == patches.num_train == 6 * 8
-    assert len(list(patches.root.glob('validation/*/*.png'))) == patches.num_val == 3 * 8
+    assert len(train) == patches.num_train == 8 * 8
+    assert len(list(patches.root.glob('validation/*/*.png'))) == patches.num_val == 2 * 8
     assert patches.mean == pytest.approx(train.mean(), rel=1e-12)
     assert patches.std == pytest.approx(train.std(), rel=1e-12)
 
 
-@pytest.mark.parametrize('split, count', [('train', 48), ('validation', 24), ('val', 24)])
+@pytest.mark.parametrize('split, count', [('train', 64), ('validation', 16), ('val', 16)])
 def test_timm_reads_the_patches(patches, split, count):
     dataset = create_dataset('', str(patches.root), split=split, input_img_mode='L')
     assert len(dataset) == count
@@ -129,7 +129,8 @@ def test_a_foreign_folder_is_left_alone(tmp_path):
 
 def test_run_folder_is_like_train_py(report):
     assert {p.name for p in report.run.iterdir()} == {
-        'args.yaml', 'summary.csv', 'checkpoint-0.pth.tar', 'checkpoint-1.pth.tar', 'last.pth.tar', 'model_best.pth.tar'}
+        'args.yaml', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar', 'checkpoint-0.pth.tar', 'checkpoint-1.pth.tar',
+    }
     rows = list(csv.DictReader(report.summary.open()))
     assert list(rows[0]) == ['epoch', 'train_loss', 'train_top1', 'eval_loss', 'eval_top1', 'lr']
     assert [row['epoch'] for row in rows] == ['0', '1']
