@@ -3,6 +3,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,8 +130,7 @@ def test_a_foreign_folder_is_left_alone(tmp_path):
 
 def test_run_folder_is_like_train_py(report):
     assert {p.name for p in report.run.iterdir()} == {
-        'args.yaml', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar', 'checkpoint-0.pth.tar', 'checkpoint-1.pth.tar',
-    }
+        'args.yaml', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar', *(f'checkpoint-{i}.pth.tar' for i in (0, 1))}
     rows = list(csv.DictReader(report.summary.open()))
     assert list(rows[0]) == ['epoch', 'train_loss', 'train_top1', 'eval_loss', 'eval_top1', 'lr']
     assert [row['epoch'] for row in rows] == ['0', '1']
@@ -189,17 +189,25 @@ def test_resume_refuses_other_settings(report):
         demo.run_demo(report.run.parent, resume=True, epochs=3)
 
 
+def test_resume_needs_the_summary(report, tmp_path):
+    shutil.copytree(report.run.parent, tmp_path, dirs_exist_ok=True)
+    (tmp_path / 'run' / 'summary.csv').unlink()
+    with pytest.raises(UserError, match='summary.csv lacks'):
+        demo.run_demo(tmp_path, resume=True)
+
+
 def test_resume_needs_a_run(tmp_path, capsys):
     assert main(['demo', '--output', str(tmp_path / 'new'), '--resume']) == 1
     assert 'no run to resume' in capsys.readouterr().err
 
 
-def test_ctrl_c_says_how_to_go_on_and_the_resumed_run_is_the_same(report, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize('epoch', [0, 1])
+def test_ctrl_c_says_how_to_go_on_and_the_resumed_run_is_the_same(epoch, report, tmp_path, monkeypatch, capsys):
     original, calls = demo._validate, []
 
     def interrupt(*args):
         calls.append(1)
-        if len(calls) == 2:
+        if len(calls) > epoch:
             raise KeyboardInterrupt
         return original(*args)
 
@@ -229,7 +237,6 @@ def test_killed_run_resumes_to_the_same_numbers(report, tmp_path, delay):
 
 def test_killed_between_the_two_renames_of_the_saver(report, tmp_path):
     """timm's saver removes last.pth.tar before it renames tmp.pth.tar, and copies model_best after that."""
-    import shutil
     shutil.copytree(report.run.parent, tmp_path, dirs_exist_ok=True)
     run = tmp_path / 'run'
     (run / 'last.pth.tar').rename(run / 'tmp.pth.tar')

@@ -41,7 +41,7 @@ import zipfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple, Union
+from typing import Any, Dict, Iterator, List, Optional, Tuple, Union, cast
 
 import numpy as np
 import timm
@@ -249,6 +249,8 @@ def _write_patches(
 # What a run can be given, and its defaults. A resumed run goes on with its own.
 SETTINGS = {'model': 'gmnet_s1', 'epochs': 5, 'batch_size': 32, 'lr': 3e-3, 'seed': 42, 'patches': 320}
 
+GO_ON = ' Finished epochs are kept, go on with --resume once that is mended.'
+
 
 def run_demo(
         output: PathLike = 'output/demo',
@@ -359,7 +361,7 @@ def _train_args(settings: Dict[str, Any], data: PhotoPatches, device: str, worke
         crop_pct=1.,
         interpolation='bilinear',
         scale=[.9, 1.],
-        color_jitter=0.,
+        color_jitter=None,
         smoothing=0.,
         channels_last=True,
         opt='adamw',
@@ -392,7 +394,7 @@ def _create_loader(args: argparse.Namespace, split: str):
         args.batch_size,
         is_training=training,
         scale=tuple(args.scale),
-        color_jitter=args.color_jitter or None,
+        color_jitter=args.color_jitter,
         interpolation=args.interpolation,
         mean=tuple(args.mean),
         std=tuple(args.std),
@@ -408,7 +410,7 @@ def _train(args: argparse.Namespace, run: Path) -> Tuple[float, int]:
     loader, val_loader = (_create_loader(args, split) for split in SPLITS)
     random_seed(args.seed)
     device = torch.device(args.device)
-    model = _create_model(args).to(device, memory_format=torch.channels_last)  # a third faster on CPUs
+    model = _create_model(args).to(device).to(memory_format=torch.channels_last)  # a third faster on CPUs
     task = ClassificationTask(model, nn.CrossEntropyLoss(label_smoothing=args.smoothing), device=device, verbose=False)
     optimizer = create_optimizer_v2(model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay)
     scheduler, _ = create_scheduler_v2(
@@ -427,7 +429,7 @@ def _train(args: argparse.Namespace, run: Path) -> Tuple[float, int]:
         random_seed(args.seed, rank=epoch + 1)
         train_metrics = _train_epoch(task, loader, optimizer, scheduler, epoch)
         metrics = _validate(model, val_loader)
-        with _writing(run):
+        with _writing(run, GO_ON):
             # in this order: a row without its checkpoint is dropped on resuming, the reverse would lose the row
             update_summary(
                 epoch,
@@ -450,7 +452,7 @@ def _train_epoch(task: ClassificationTask, loader, optimizer, scheduler, epoch: 
     from tqdm import tqdm
     loss_m, top1_m = AverageMeter(), AverageMeter()
     total = len(loader) * loader.loader.batch_size
-    task.get_trainable_module().train()
+    task.train()
     # no bar where the output is not a terminal
     with tqdm(total=total, desc=f'epoch {epoch}', unit='img', leave=False, disable=None) as bar:
         for i, (images, targets) in enumerate(loader):
@@ -482,11 +484,13 @@ def _restore(task: ClassificationTask, optimizer, saver: CheckpointSaver, run: P
     last, unfinished = run / 'last.pth.tar', run / 'tmp.pth.tar'
     if not last.exists() and zipfile.is_zipfile(unfinished):
         unfinished.rename(last)  # the saver deletes the old file before it renames the new one, killed in between
-    start = resume_task_checkpoint(task, str(last), optimizer, log_info=False) if last.exists() else 0
-    with _writing(run):
+    start = (resume_task_checkpoint(task, str(last), optimizer, log_info=False) if last.exists() else None) or 0
+    with _writing(run, GO_ON):
         rows = _trim_summary(run / 'summary.csv', start)
         if start:
             top1 = {int(row['epoch']): float(row['eval_top1']) for row in rows}
+            if len(top1) < start:
+                raise UserError(f'{run} cannot be resumed, summary.csv lacks some of its {start} finished epochs')
             files = [(str(run / f'checkpoint-{epoch}.pth.tar'), top1[epoch]) for epoch in range(start - 1)]
             saver.checkpoint_files = sorted((f for f in files if Path(f[0]).exists()), key=lambda f: -f[1])
             if start > 1:
@@ -516,7 +520,7 @@ def _export(args: argparse.Namespace, data: PhotoPatches, checkpoint: Path, fold
     """Save the best model as a `local-dir:` folder and load it back, returns the loaded model."""
     model = _create_model(args).eval()
     load_checkpoint(model, str(checkpoint))
-    with _writing(folder):
+    with _writing(folder, GO_ON):
         save_for_hf(
             model,
             str(folder),
@@ -544,7 +548,7 @@ def _draw_contact_sheet(model: nn.Module, data: PhotoPatches, path: Path, seed: 
     draw.text((2 * pad, 8), 'Validation patches: the photograph, and what the model says', 0, title)
     draw.text((2 * pad, 32), 'Per cent: the confidence. Wrong predictions are on black.', 0, font)
     transform = create_transform(**resolve_model_data_config(model))
-    labels = model.pretrained_cfg['label_names']
+    labels = cast(Dict[str, Any], model.pretrained_cfg)['label_names']
     rng = random.Random(seed)
     for col, name in enumerate(data.classes):
         files = sorted((data.root / 'validation' / name).glob('*.png'))
@@ -560,7 +564,7 @@ def _draw_contact_sheet(model: nn.Module, data: PhotoPatches, path: Path, seed: 
             sheet.paste(patch.resize((tile, tile), Image.Resampling.NEAREST), (x + pad, y + pad))
             caption = f'truth: {name}\nmodel: {said}\n{100 * confidence:.0f} %{"  WRONG" if wrong else ""}'
             draw.text((x + pad, y + pad + tile + 4), caption, 255 if wrong else 0, font)
-    with _writing(path):
+    with _writing(path, GO_ON):
         sheet.save(path)
     return path
 
@@ -572,7 +576,7 @@ def _write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing(path: Path, hint: str = '') -> Iterator[None]:
     """Turn what goes wrong while writing into an error that says where. torch reports a full disk as RuntimeError."""
     try:
         yield
@@ -581,4 +585,4 @@ def _writing(path: Path) -> Iterator[None]:
         free = shutil.disk_usage(existing).free / 1e6
         full = getattr(e, 'errno', None) == errno.ENOSPC or free < 1
         reason = 'the disk is full' if full else str(e)
-        raise UserError(f'Cannot write {path}: {reason} ({free:,.0f} MB free). A run goes on with --resume.') from e
+        raise UserError(f'Cannot write {path}: {reason} ({free:,.0f} MB free).{hint}') from e
