@@ -17,7 +17,7 @@ import torch
 import yaml
 from PIL import Image
 from timm.data import create_dataset
-from timm.models import load_checkpoint
+from timm.models import load_checkpoint, load_state_dict
 
 pytest.importorskip('skimage')
 
@@ -47,7 +47,7 @@ def _positions(patches, split, name):
 
 
 def _weights(run):
-    return torch.load(run / 'last.pth.tar', weights_only=False)['state_dict']
+    return load_state_dict(str(run / 'last.pth.tar'))
 
 
 def _assert_same_run(run, other):
@@ -194,6 +194,16 @@ def test_resume_needs_the_summary(report, tmp_path):
     (tmp_path / 'run' / 'summary.csv').unlink()
     with pytest.raises(UserError, match='summary.csv lacks'):
         demo.run_demo(tmp_path, resume=True)
+
+
+def test_resume_from_a_damaged_checkpoint(report, tmp_path):
+    shutil.copytree(report.run.parent, tmp_path / 'copy')
+    last = tmp_path / 'copy' / 'run' / 'last.pth.tar'
+    damaged = last.read_bytes()[:20_000]
+    last.unlink()  # a hard link of the checkpoint of its epoch
+    last.write_bytes(damaged)
+    with pytest.raises(UserError, match=r'last\.pth\.tar is damaged.*checkpoint-'):
+        demo.run_demo(tmp_path / 'copy', resume=True)
 
 
 def test_resume_needs_a_run(tmp_path, capsys):

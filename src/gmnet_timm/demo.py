@@ -485,7 +485,10 @@ def _restore(task: ClassificationTask, optimizer, saver: CheckpointSaver, run: P
     last, unfinished = run / 'last.pth.tar', run / 'tmp.pth.tar'
     if not last.exists() and zipfile.is_zipfile(unfinished):
         unfinished.rename(last)  # the saver deletes the old file before it renames the new one, killed in between
-    start = (resume_task_checkpoint(task, str(last), optimizer, log_info=False) if last.exists() else None) or 0
+    try:
+        start = (resume_task_checkpoint(task, str(last), optimizer, log_info=False) if last.exists() else None) or 0
+    except (RuntimeError, EOFError, KeyError) as e:
+        raise UserError(f'{last} is damaged. Copy the newest {run}/checkpoint-*.pth.tar over it and go on.') from e
     with _writing(run, GO_ON):
         rows = _trim_summary(run / 'summary.csv', start)
         if start:
