@@ -487,7 +487,7 @@ def _restore(task: ClassificationTask, optimizer, saver: CheckpointSaver, run: P
         unfinished.rename(last)  # the saver deletes the old file before it renames the new one, killed in between
     try:
         start = (resume_task_checkpoint(task, str(last), optimizer, log_info=False) if last.exists() else None) or 0
-    except (RuntimeError, EOFError, KeyError) as e:
+    except (OSError, RuntimeError, EOFError, KeyError) as e:
         raise UserError(f'{last} is damaged. Copy the newest {run}/checkpoint-*.pth.tar over it and go on.') from e
     with _writing(run, GO_ON):
         rows = _trim_summary(run / 'summary.csv', start)
