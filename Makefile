@@ -31,7 +31,8 @@ lint: $(VENV)/test.installed $(VENV)/lint.installed
 format: $(VENV)/lint.installed
 	$(BIN)/ruff check --fix .
 
-build: $(VENV)/build.installed
+build: $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet build
 	$(BIN)/python -m build
 
 $(VENV)/bin/python:
