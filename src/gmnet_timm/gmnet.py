@@ -109,7 +109,7 @@ def create_gate(gate: str, chs: int, dilation: int = 1, device=None, dtype=None)
 
 
 class GmNetBlock(nn.Module):
-    """Depthwise conv, pointwise expansion, gate `act(x) * gate(x)`, pointwise reduction, depthwise conv, with residual."""
+    """Depthwise conv, pointwise expansion, `act(x) * gate(x)`, pointwise reduction, depthwise conv, with residual."""
 
     def __init__(
             self,
