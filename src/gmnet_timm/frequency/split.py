@@ -4,8 +4,8 @@ A frequency is a pair of integers (v, u): cycles over the height and over the wi
 Euclidean distance sqrt(v^2 + u^2), in cycles per image, which is its distance from the centre of the shifted 2-D DFT.
 This is the paper's definition; for images that are not square it measures both directions in cycles per side.
 
-Images are real, so half of the spectrum is computed (`rfft2`); the masks depend on the radius alone, which is the same for
-a frequency and its conjugate, and for a frequency on the edge of an even size under either sign.
+Images are real, so half of the spectrum is computed (`rfft2`). The masks depend on the radius alone, which is the same
+for a frequency and its conjugate, and for a frequency on the edge of an even size under either sign.
 """
 import functools
 import math
@@ -61,7 +61,7 @@ def frequency_bands(images: torch.Tensor, radii: Sequence[float]) -> List[torch.
     Raises:
         UserError: As by `split_frequencies`, or the radii do not increase.
     """
-    _check_radii(radii)
+    check_radii(radii)
     x = _as_float(images)
     size = (x.shape[-2], x.shape[-1])
     spectrum = torch.fft.rfft2(x)
@@ -78,8 +78,8 @@ def frequency_bands(images: torch.Tensor, radii: Sequence[float]) -> List[torch.
 def radial_power_spectrum(images: torch.Tensor) -> torch.Tensor:
     """Power of each ring of frequencies, one cycle per image wide.
 
-    The rings of an image sum to the mean square of its pixels (Parseval). A sinusoid of amplitude A that fits the image a
-    whole number of times puts A^2 / 2 in one ring, the rounded radius of its frequency.
+    The rings of an image sum to the mean square of its pixels (Parseval). A sinusoid of amplitude A that fits the image
+    a whole number of times puts A^2 / 2 in one ring, the rounded radius of its frequency.
 
     Args:
         images: Real images (..., H, W).
@@ -98,7 +98,7 @@ def radial_power_spectrum(images: torch.Tensor) -> torch.Tensor:
 
 
 def num_rings(height: int, width: int) -> int:
-    """Number of rings of `radial_power_spectrum` for an image of this size: the mean, then one a cycle to the corner."""
+    """Number of rings of `radial_power_spectrum` for images of a size: the mean, then one a cycle to the corner."""
     return int((((height // 2) ** 2 + (width // 2) ** 2) ** .5) + .5) + 1
 
 
@@ -113,14 +113,14 @@ def _with_contrast_of(x: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
 def _as_float(images: torch.Tensor) -> torch.Tensor:
     if images.dim() < 2 or not images.is_floating_point():
         raise UserError(
-            f'Images must be real floating point tensors (..., H, W), got {images.dtype} of shape {tuple(images.shape)}.')
+            f'Images must be real floating point tensors (..., H, W), got {images.dtype}, shape {tuple(images.shape)}.')
     return images if images.dtype == torch.float64 else images.float()
 
 
-def _check_radii(radii: Sequence[float]) -> None:
+def check_radii(radii: Sequence[float]) -> None:
     if not radii or not all(r >= 0 for r in radii):
         raise UserError(f'Radii must be numbers from 0 on, in cycles per image, got {list(radii)}.')
-    if any(a >= b for a, b in zip(radii, radii[1:])):
+    if any(a >= b for a, b in zip(radii, radii[1:], strict=False)):
         raise UserError(f'Radii must increase, got {list(radii)}.')
 
 
@@ -149,7 +149,7 @@ def _squared_radii(height: int, width: int, device: torch.device) -> torch.Tenso
 
 @_cached_by_size
 def _rings(height: int, width: int, device: torch.device) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Ring of each frequency of `rfft2`, and how often it is in the whole spectrum: once or, with a conjugate, twice."""
+    """Ring of each frequency of `rfft2`, and how often it is in the whole spectrum: once or, with conjugate, twice."""
     k = torch.arange(num_rings(height, width), device=device)
     ring_of = torch.bucketize(_squared_radii(height, width, device), k * (k + 1))  # (k + 0.5)^2 without the quarter
     weight = torch.full((width // 2 + 1,), 2., device=device)

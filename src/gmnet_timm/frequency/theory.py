@@ -1,7 +1,7 @@
 """What a gate does to a pure tone: harmonics of act(x) * x for x = A sin(t), measured and in closed form.
 
-With s = t - pi / 2 the tone is A cos(s) and every such function is even in s, so that it is c_0 + sum of c_n cos(n s): the
-amplitude of harmonic n is |c_n|, c_0 is the mean. The closed forms:
+With s = t - pi / 2 the tone is A cos(s) and every such function is even in s, so that it is c_0 + sum of c_n cos(n s).
+The amplitude of harmonic n is |c_n|, c_0 is the mean. The closed forms:
 
     identity  A^2 cos^2 s: mean and second harmonic A^2 / 2, nothing else. A product doubles the support of a spectrum.
     relu      A^2 cos^2 s where cos s > 0. The slope is continuous, the curvature jumps: amplitudes fall as n^-3.
@@ -12,7 +12,7 @@ amplitude of harmonic n is |c_n|, c_0 is the mean. The closed forms:
               E_n = (-1)^m A sqrt(2 / pi) exp(-q) (I_m(q) + I_m+1(q)) / n (integrate its derivative, which is the
               generating function of I_m), and x^2 shifts harmonics by two. Amplitudes fall faster than any power.
 
-Activations alone (`gate=False` in `measured_harmonics`) fall as n^-2 for relu and relu6, whose slope jumps at 0 already.
+Activations alone (`gate=False` in `measured_harmonics`) fall as n^-2 for relu and relu6, whose slope jumps at 0.
 """
 import math
 from dataclasses import dataclass
