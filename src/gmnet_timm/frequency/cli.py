@@ -330,7 +330,7 @@ class _Machine:
 
     def __init__(self, args: argparse.Namespace):
         import torch
-        from timm.utils import init_distributed_device_so
+        from timm.utils.distributed import init_distributed_device_so
         if args.batch_size < 1 or args.workers < 0:
             raise UserError('--batch-size must be positive, --workers not negative.')
         found = init_distributed_device_so(_resolve_device(args.device))

@@ -100,7 +100,7 @@ def create_band_loader(
     except (RuntimeError, OSError, AssertionError, ValueError, ImportError) as e:
         raise UserError(f'The data {dataset or root} cannot be read: {e}') from e
     if isinstance(images, IterableDataset):
-        raise UserError(f'{dataset} is a stream, which cannot be shared out exactly. Use a folder or an indexed dataset.')
+        raise UserError(f'{dataset} is a stream, which has no exact split. Use a folder or an indexed dataset.')
     if len(images) == 0:
         raise UserError(f'The data {dataset or root} holds no images.')
     _check_classes(images, num_classes)
