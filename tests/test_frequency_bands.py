@@ -312,3 +312,17 @@ def test_the_split_costs_less_than_a_tenth_of_the_forward_passes():
         split = Timer('list(split_parts(images, [12., 24., 36.]))', globals=scope).blocked_autorange(min_run_time=2).median
     print(f'split {1e3 * split:.1f} ms, forward {1e3 * forward:.1f} ms, seven of them feed {split / (7 * forward):.3f}')
     assert split < .1 * 7 * forward
+
+
+def test_a_dataset_of_torchvision(folder, model, tmp_path):
+    """By timm's name for it; what it cannot decode is counted too."""
+    root = tmp_path / 'validation'
+    for i in range(CLASSES):
+        (root / f'class{i}').mkdir(parents=True)
+        (root / f'class{i}' / '0.png').write_bytes((folder / 'validation' / f'class{i}' / '0.png').read_bytes())
+    (root / 'class2' / '1.png').write_bytes(b'no image')
+    loader = create_band_loader(str(tmp_path), CONFIG, dataset='torch/folder', num_classes=CLASSES, workers=0)
+    assert evaluate_bands(model, loader, [3.])[0].count == CLASSES
+    assert loader.skipped == 1
+    with pytest.raises(UserError, match='6 classes'):
+        create_band_loader(str(tmp_path), CONFIG, dataset='torch/folder', num_classes=5)

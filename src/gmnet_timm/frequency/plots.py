@@ -52,15 +52,19 @@ def plot_band_curves(curves: Curves, path: Path, title: str = '', intervals: str
     figure, axes = _figure(max(1, len(radii)), 3, 3.6, 2.9, sharex=True)
     for row, radius in enumerate(radii or ['']):
         for axis, band in zip(axes[row], ('raw', 'low', 'high'), strict=True):
+            if row and band == 'raw':
+                axis.axis('off')  # the first row has it
+                continue
             key = (band, '' if band == 'raw' else radius)
             for i, (label, bands) in enumerate(curves.items()):
                 _draw_points(axis, bands.get(key, []), label, i, len(curves))
             axis.set_title('raw' if band == 'raw' else f'{band}, r = {radius} cycles/image', fontsize=10)
             axis.set_ylim(bottom=0)
             axis.grid(alpha=.3)
-        axes[row][0].set_ylabel('top-1 (%)')
-    for axis in axes[-1]:
+        axes[row][1 if row else 0].set_ylabel('top-1 (%)')
+    for axis in [axes[0][0], *axes[-1][1:]]:
         axis.set_xlabel('epoch')
+        axis.tick_params(labelbottom=True)
         axis.xaxis.get_major_locator().set_params(integer=True)
     _finish(figure, path, ': '.join(filter(None, [title, intervals])), axes[0][0])
 

@@ -140,8 +140,13 @@ def summarize(rows: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
         variance = sum((value - mean) ** 2 for value in values) / max(1, n - 1)
         half = _STUDENT.get(n - 1, 1.96) * math.sqrt(variance / n) if n > 1 else 0.
         summary.append(dict(
-            zip(columns, key, strict=True), seeds=n, top1=round(mean, 2),
-            top1_low=round(mean - half, 2), top1_high=round(mean + half, 2)))
+            zip(columns, key, strict=True),
+            seeds=n,
+            top1=round(mean, 2),
+            half_interval=round(half, 2),
+            top1_low=round(max(0., mean - half), 2),
+            top1_high=round(min(100., mean + half), 2),
+        ))
     return summary
 
 
@@ -153,7 +158,7 @@ def format_summary(summary: Sequence[Dict[str, Any]]) -> str:
     lines = [f'{"top-1 %, epoch " + str(last):<28}' + ''.join(f'{band + " " + radius:>16}' for band, radius in bands)]
     for family, label in dict.fromkeys((row['family'], row['label']) for row in final):
         cells = [
-            f'{row["top1"]:.1f} ±{(row["top1_high"] - row["top1_low"]) / 2:.1f}'
+            f'{row["top1"]:.1f} ±{row["half_interval"]:.1f}'
             for band in bands for row in final
             if (row['family'], row['label'], row['band'], row['radius']) == (family, label, *band)
         ]
