@@ -35,7 +35,7 @@ def test_study_learns_and_goes_on_where_it_stopped(tmp_path, capsys):
     assert capsys.readouterr().out.count('seed ') == 8
     rows = _rows(tmp_path / 'bands.csv')
     assert len(rows) == 4 * 2 * 4 * 3  # models, seeds, epochs, raw and two bands
-    assert {row['count'] for row in rows} == {'96'}
+    assert {row['count'] for row in rows} == {'48'}
     summary = _rows(tmp_path / 'summary.csv')
     assert len(summary) == 4 * 4 * 3
     best = max(float(row['top1']) for row in summary if row['band'] == 'raw' and row['epoch'] == '4')

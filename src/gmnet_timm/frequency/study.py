@@ -57,7 +57,7 @@ class StudySettings:
     """
 
     epochs: int = 10
-    patches: int = 100  # training patches of each of the eight photographs, half as many for validation
+    patches: int = 128  # training patches of each of the eight photographs, a quarter as many for validation
     radii: Tuple[float, ...] = (3., 10.)
     batch_size: int = 32
     lr: float = 3e-3
