@@ -1,3 +1,4 @@
+import copy
 import csv
 import json
 import math
@@ -105,6 +106,13 @@ def test_pixels_and_normalized_differ_by_a_constant_in_the_high_part():
 def test_half_precision_autocast_counts_every_image(folder, model):
     loader = create_band_loader(str(folder), CONFIG, workers=0, batch_size=7)
     assert all(r.count == 30 for r in evaluate_bands(model, loader, [3.], amp_dtype=torch.bfloat16))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
+def test_cuda_counts_as_cpu(folder, model):
+    loader = create_band_loader(str(folder), CONFIG, workers=0)
+    expected = evaluate_bands(model, loader, [3.])
+    assert evaluate_bands(copy.deepcopy(model).cuda(), loader, [3.]) == expected
 
 
 def test_broken_images_are_counted_and_left_out(folder, model, tmp_path):
