@@ -98,7 +98,7 @@ def test_pixels_and_normalized_differ_by_a_constant_in_the_high_part():
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     normalized = list(split_parts(images, [3.]))
     pixels = list(split_parts(images, [3.], SplitOptions(space='pixels'), MEAN, STD))
-    black = -torch.tensor(MEAN, dtype=torch.float64).view(-1, 1, 1) / torch.tensor(STD, dtype=torch.float64).view(-1, 1, 1)
+    black = -images.new_tensor(MEAN).view(-1, 1, 1) / images.new_tensor(STD).view(-1, 1, 1)
     torch.testing.assert_close(pixels[1][2], normalized[1][2])
     torch.testing.assert_close(pixels[2][2], normalized[2][2] + black)
 
@@ -175,7 +175,8 @@ def _write_run(path, folder, epochs=2, model='test_resnet', **kwargs):
         interpolation='bilinear')
     (path / 'args.yaml').write_text(yaml.safe_dump({**args, 'mean': list(MEAN), 'std': list(STD)}))
     net = timm.create_model(model, num_classes=CLASSES, **kwargs)
-    saver = CheckpointSaver(net, torch.optim.SGD(net.parameters(), .1), checkpoint_dir=str(path), recovery_dir=str(path))
+    optimizer = torch.optim.SGD(net.parameters(), .1)
+    saver = CheckpointSaver(net, optimizer, checkpoint_dir=str(path), recovery_dir=str(path))
     for epoch in range(epochs):
         with torch.no_grad():
             for parameter in net.parameters():
@@ -193,8 +194,9 @@ def test_cli_eval_writes_one_table_and_what_repeats_it(folder, tmp_path, capsys)
     run = _write_run(tmp_path / 'run', folder)
     gate = _write_run(tmp_path / 'gate', folder, 1, 'gmnet_s1', act_layer='gelu', gate='ln', width=8, depths=(1,) * 4)
     models = [str(run / 'checkpoint-1.pth.tar'), str(gate / 'last.pth.tar'), f'test_resnet={run}/checkpoint-0.pth.tar']
-    argv = ['freq', 'eval', *models, '--data-dir', str(folder), '--radii', '3', '6.5', '--img-size', '32', '--workers', '0']
-    assert main([*argv, '--keep-mean', '--output', str(tmp_path / 'out')]) == 0
+    argv = ['freq', 'eval', *models, '--data-dir', str(folder), '--radii', '3', '6.5', '--keep-mean', '--workers', '0',
+            '--img-size', '32', '--mean', *map(str, MEAN), '--output', str(tmp_path / 'out')]
+    assert main(argv) == 0
     printed = capsys.readouterr().out
     assert 'raw' in printed and 'high 6.5' in printed and 'mean kept in the high part' in printed
     rows = _rows(tmp_path / 'out' / 'eval.csv')
@@ -203,7 +205,8 @@ def test_cli_eval_writes_one_table_and_what_repeats_it(folder, tmp_path, capsys)
     reports = json.loads((tmp_path / 'out' / 'eval.json').read_text())
     assert [report['origin']['model'] for report in reports] == ['test_resnet', 'gmnet_s1', 'test_resnet']
     assert reports[1]['origin']['model_args']['gate'] == 'ln'
-    assert reports[0]['data_config']['input_size'] == [3, 32, 32]
+    assert all(report['data_config']['input_size'] == [3, 32, 32] for report in reports)
+    assert all(report['data_config']['mean'] == list(MEAN) for report in reports)
     assert reports[0]['results'][0]['count'] == 30
 
 
@@ -214,7 +217,8 @@ def test_cli_eval_equals_the_library(folder, tmp_path):
                  '--output', str(tmp_path)]) == 0
     model = timm.create_model('test_resnet', num_classes=CLASSES)
     model.load_state_dict(torch.load(path, weights_only=False)['state_dict'])
-    config = resolve_data_config(dict(input_size=(3, 32, 32), mean=MEAN, std=STD, crop_pct=.9, interpolation='bilinear'))
+    config = resolve_data_config(
+        dict(input_size=(3, 32, 32), mean=MEAN, std=STD, crop_pct=.9, interpolation='bilinear'))
     expected = evaluate_bands(model.eval(), create_band_loader(str(folder), config, workers=0), [4.])
     assert [int(row['correct1']) for row in _rows(tmp_path / 'eval.csv')] == [r.correct1 for r in expected]
     assert [int(row['correct5']) for row in _rows(tmp_path / 'eval.csv')] == [r.correct5 for r in expected]
@@ -223,6 +227,7 @@ def test_cli_eval_equals_the_library(folder, tmp_path):
 @pytest.mark.parametrize('argv, message', [
     (['--radii', '99'], 'corner of the spectrum'),
     (['--radii', '-2'], 'corner of the spectrum'),
+    (['--mean', '.5', '.5'], 'nor one a channel'),
     (['--limit', '0'], '--limit'),
     (['--data-dir', 'nowhere'], 'cannot be read'),
     (['--dataset', 'torch/nonsense'], 'cannot be read'),
@@ -317,7 +322,8 @@ def test_the_split_costs_less_than_a_tenth_of_the_forward_passes():
     with torch.inference_mode():
         scope = dict(model=model, images=images, split_parts=split_parts)
         forward = Timer('model(images)', globals=scope).blocked_autorange(min_run_time=2).median
-        split = Timer('list(split_parts(images, [12., 24., 36.]))', globals=scope).blocked_autorange(min_run_time=2).median
+        timer = Timer('list(split_parts(images, [12., 24., 36.]))', globals=scope)
+        split = timer.blocked_autorange(min_run_time=2).median
     print(f'split {1e3 * split:.1f} ms, forward {1e3 * forward:.1f} ms, seven of them feed {split / (7 * forward):.3f}')
     assert split < .1 * 7 * forward
 

@@ -207,7 +207,7 @@ def _add_study(commands) -> None:
     defaults = StudySettings()
     parser = _command(commands, 'study', "band accuracy by epoch of the paper's subjects on photographs", _run_study)
     parser.set_defaults(output=Path('output/freq-study'))
-    parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='a run of each model for each (0 1 2)')
+    parser.add_argument('--seeds', type=int, nargs='+', default=list(range(5)), help='a run of each model for each (0 … 4)')
     parser.add_argument('--families', nargs='+', choices=list(SUBJECTS), default=list(SUBJECTS), help='(default: all)')
     parser.add_argument('--epochs', type=int, default=defaults.epochs, help='(default: %(default)s)')
     parser.add_argument('--patches', type=int, default=defaults.patches, help='a photograph (default: %(default)s)')
@@ -273,6 +273,8 @@ def _add_input(parser) -> None:
     parser.add_argument('--img-size', type=int, help="(default: the model's)")
     parser.add_argument('--crop-pct', type=float, help="(default: the model's)")
     parser.add_argument('--interpolation', help="(default: the model's)")
+    parser.add_argument('--mean', type=float, nargs='+', help="of the normalisation (default: the model's)")
+    parser.add_argument('--std', type=float, nargs='+', help="of the normalisation (default: the model's)")
 
 
 def _add_split(parser, radii: List[float]) -> None:
@@ -311,7 +313,7 @@ def _options(args: argparse.Namespace):
 
 
 def _input(args: argparse.Namespace) -> Dict[str, Any]:
-    return dict(img_size=args.img_size, crop_pct=args.crop_pct, interpolation=args.interpolation)
+    return {name: getattr(args, name) for name in ('img_size', 'crop_pct', 'interpolation', 'mean', 'std')}
 
 
 def _resolve_device(name: str) -> str:

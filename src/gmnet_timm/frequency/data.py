@@ -1,6 +1,6 @@
 """Evaluation data that counts what it cannot decode, where timm's loaders put the next image in its place."""
 import io
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from PIL import Image
@@ -96,7 +96,7 @@ def create_band_loader(
     """
     img_mode = 'L' if data_config['input_size'][0] == 1 else 'RGB'
     try:
-        images = create_dataset(dataset, root, split=split, class_map=class_map, input_img_mode=img_mode)
+        images = create_dataset(dataset, root, split=split, class_map=class_map, input_img_mode=img_mode)  # type: ignore[arg-type]
     except (RuntimeError, OSError, AssertionError, ValueError, ImportError) as e:
         raise UserError(f'The data {dataset or root} cannot be read: {e}') from e
     if isinstance(images, IterableDataset):
@@ -105,7 +105,7 @@ def create_band_loader(
         raise UserError(f'The data {dataset or root} holds no images.')
     _check_classes(images, num_classes)
     decoded: Dataset = _DecodedImages(images, create_transform(**data_config, is_training=False), img_mode)
-    indices = range(len(images))
+    indices: Sequence[int] = range(len(images))
     if limit is not None and limit < len(images):
         indices = [i * len(images) // limit for i in range(limit)]
     loader = DataLoader(

@@ -17,7 +17,7 @@ __all__ = [
 # label -> (band, radius as text) -> points (epoch, percent, lower end, upper end)
 Curves = Dict[str, Dict[Tuple[str, str], List[Tuple[float, float, float, float]]]]
 
-_LINES = [
+_LINES: List[Dict[str, Any]] = [
     dict(linestyle='-', marker='o', color='black'),
     dict(linestyle='--', marker='s', color='#0072b2', markerfacecolor='white'),
     dict(linestyle='-.', marker='^', color='#d55e00'),
@@ -153,10 +153,10 @@ def _draw_points(axis, points, label: str, index: int, count: int) -> None:
         return
     epochs, middle, low, high = zip(*points, strict=True)
     # apart by a fraction of an epoch, so that bars do not hide each other
-    epochs = [epoch + .12 * (index - (count - 1) / 2) for epoch in epochs]
+    shifted = [epoch + .12 * (index - (count - 1) / 2) for epoch in epochs]
     errors = [[m - a for m, a in zip(middle, low, strict=True)], [b - m for m, b in zip(middle, high, strict=True)]]
     axis.errorbar(
-        epochs, middle, yerr=errors, label=label, markersize=4.5, linewidth=1.3, elinewidth=.8, capsize=1.5,
+        shifted, middle, yerr=errors, label=label, markersize=4.5, linewidth=1.3, elinewidth=.8, capsize=1.5,
         **_LINES[index % len(_LINES)])
 
 

@@ -107,12 +107,13 @@ def layer_spectra(
     if not points:
         raise UserError('The model has no gates. Name the modules to look at.')
     collected: Dict[Tuple[str, str], List[torch.Tensor]] = {}
-    sizes: Dict[str, torch.Size] = {}
+    sizes: Dict[str, Tuple[int, int]] = {}
 
     def collect(name: str, side: str, x: Any) -> None:
         if not isinstance(x, torch.Tensor) or x.dim() != 4:
             raise UserError(f'{name} has no feature maps (B, C, H, W) as its {side}.')
-        if sizes.setdefault(name, x.shape[-2:]) != x.shape[-2:]:
+        size = (x.shape[-2], x.shape[-1])
+        if sizes.setdefault(name, size) != size:
             raise UserError(f'{name} changes the size of its feature maps, the rings of two sizes cannot be compared.')
         collected.setdefault((name, side), []).append(radial_power_spectrum(x).double().mean(1).cpu())
 
@@ -131,7 +132,7 @@ def layer_spectra(
     if not seen:
         raise UserError('There is no image to look at.')
     return [
-        LayerSpectrum(name, tuple(sizes[name]), *(torch.cat(collected[name, side]) for side in ('input', 'output')))
+        LayerSpectrum(name, sizes[name], *(torch.cat(collected[name, side]) for side in ('input', 'output')))
         for name in points if name in sizes
     ]
 

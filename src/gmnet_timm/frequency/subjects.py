@@ -48,7 +48,7 @@ def load_subject(spec: str, use_ema: bool = True, **data_args: Any) -> Subject:
         model = timm.create_model(spec, pretrained=True)
     except (RuntimeError, ValueError, OSError) as e:
         raise UserError(f'{spec} is no file, and timm cannot create a model with weights from it: {e}') from e
-    return Subject(spec, model.eval(), resolve_data_config(data_args, model=model), dict(model=spec))
+    return Subject(spec, model.eval(), _data_config(model, {}, data_args), dict(model=spec))
 
 
 def read_run_args(run: Path) -> Dict[str, Any]:
@@ -102,30 +102,44 @@ def _from_checkpoint(path: Path, args: Dict[str, Any], use_ema: bool, data_args:
         model.load_state_dict(state_dict)
     except RuntimeError as e:
         raise UserError(f'{path} does not fit {args["model"]}: {e}') from e
-    model.eval()
-    known = ('input_size', 'img_size', 'in_chans', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
-    config_args = {key: args[key] for key in known if args.get(key) is not None}
-    config_args.setdefault('in_chans', model_args.get('in_chans'))
-    if 'img_size' in data_args:  # a full size would win
-        config_args.pop('input_size', None)
-    config = resolve_data_config({**config_args, **data_args}, model=model)
+    args.setdefault('in_chans', model_args.get('in_chans'))
     return Subject(
         f'{args["model"]} {path}',
-        model,
-        config,
+        model.eval(),
+        _data_config(model, args, data_args),
         dict(model=args['model'], model_args=model_args, checkpoint=str(path), use_ema=use_ema),
     )
+
+
+def _data_config(model: nn.Module, run_args: Dict[str, Any], data_args: Dict[str, Any]) -> Dict[str, Any]:
+    """How images are prepared: as asked for, else as in the run, else as the model's configuration says."""
+    known = ('input_size', 'img_size', 'in_chans', 'mean', 'std', 'interpolation', 'crop_pct', 'crop_mode')
+    args = {key: run_args[key] for key in known if run_args.get(key) is not None}
+    if 'img_size' in data_args:
+        size = args.pop('input_size', None)  # it would win over img_size
+        args.setdefault('in_chans', size[0] if size else getattr(model, 'in_chans', 3))
+    try:
+        config = resolve_data_config({**args, **data_args}, model=model)
+    except AssertionError as e:
+        raise UserError('Mean or standard deviation of the images have not one value, nor one a channel.') from e
+    channels = config['input_size'][0]
+    for name in ('mean', 'std'):
+        if len(config[name]) != channels:
+            raise UserError(
+                f'The {name} of the images has {len(config[name])} values, the model takes {channels} channels: '
+                f'give one value or {channels} by --{name}.')
+    return config
 
 
 def _head_and_stem(name: str, state_dict: Dict[str, Any]) -> Dict[str, Any]:
     """Classes and input channels of a state dict, from the shapes of the layers that timm's configuration names."""
     if not timm.is_model(name):
         raise UserError(f'timm knows no model {name}.')
-    cfg = timm.get_pretrained_cfg(name)
+    cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
 
     def size(layer: Optional[Any], dim: int) -> Optional[int]:
         weight = state_dict.get(f'{layer}.weight')
         return None if weight is None or weight.dim() <= dim else weight.shape[dim]
 
-    found = dict(num_classes=size(cfg.classifier, 0), in_chans=size(cfg.first_conv, 1))
+    found = dict(num_classes=size(cfg and cfg.classifier, 0), in_chans=size(cfg and cfg.first_conv, 1))
     return {key: value for key, value in found.items() if value is not None}
