@@ -230,6 +230,7 @@ def test_cli_eval_equals_the_library(folder, tmp_path):
     (['--mean', '.5', '.5'], 'nor one a channel'),
     (['--limit', '0'], '--limit'),
     (['--data-dir', 'nowhere'], 'cannot be read'),
+    (['--data-dir', ''], 'There is no data'),
     (['--dataset', 'torch/nonsense'], 'cannot be read'),
     (['--device', 'nonsense'], 'Cannot use device'),
     (['--class-map', 'nowhere.txt'], 'cannot be read'),
@@ -246,7 +247,15 @@ def test_cli_eval_of_what_is_no_model(folder, capsys):
     assert main(['freq', 'eval', 'nonsense', '--data-dir', str(folder)]) == 1
     assert main(['freq', 'eval', 'gmnet_s1', '--data-dir', str(folder)]) == 1  # no weights are published
     assert main(['freq', 'eval', 'resnet18=nowhere.pth', '--data-dir', str(folder)]) == 1
-    assert capsys.readouterr().err.count('error: ') == 3
+    assert main(['freq', 'eval', 'local-dir:nowhere', '--data-dir', str(folder)]) == 1
+    assert capsys.readouterr().err.count('error: ') == 4
+
+
+def test_cli_eval_of_weights_of_another_model(folder, tmp_path, capsys):
+    torch.save(timm.create_model('test_resnet').state_dict(), tmp_path / 'weights.pth')
+    assert main(['freq', 'eval', f'resnet18={tmp_path}/weights.pth', '--data-dir', str(folder)]) == 1
+    error = capsys.readouterr().err
+    assert 'does not fit resnet18' in error and len(error) < 500
 
 
 def test_cli_curves_goes_on_where_it_stopped(folder, tmp_path, monkeypatch, capsys):

@@ -1,7 +1,9 @@
+import argparse
 import copy
 
 import pytest
 import timm
+import timm.utils
 import torch
 import torch.nn.functional as F
 from timm.utils import reparameterize_model
@@ -154,6 +156,15 @@ def test_checkpoint_tells_the_gate(gate, tmp_path):
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(loaded(x), model(x))
+
+
+def test_ablations_from_the_command_line_of_train_py():
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=timm.utils.ParseKwargs)  # as in train.py
+    args = parser.parse_args(['--model-kwargs', 'act_layer=gelu', 'gate=fc'])
+    block = timm.create_model('gmnet_s1', device='meta', **args.model_kwargs).stages[0][1]
+    assert 'gelu' in type(block.act).__name__.lower()
+    assert block.gate.conv.weight.shape == (120, 120, 1, 1)
 
 
 def test_no_such_gate():

@@ -272,7 +272,8 @@ def _add_data(parser, own: bool = False) -> None:
 def _add_input(parser) -> None:
     parser.add_argument('--img-size', type=int, help="(default: the model's)")
     parser.add_argument('--crop-pct', type=float, help="(default: the model's)")
-    parser.add_argument('--interpolation', help="(default: the model's)")
+    parser.add_argument(
+        '--interpolation', choices=['nearest', 'bilinear', 'bicubic', 'lanczos'], help="(default: the model's)")
     parser.add_argument('--mean', type=float, nargs='+', help="of the normalisation (default: the model's)")
     parser.add_argument('--std', type=float, nargs='+', help="of the normalisation (default: the model's)")
 

@@ -94,6 +94,8 @@ def create_band_loader(
     Raises:
         UserError: The data cannot be read, is empty, or has another number of classes than the model.
     """
+    if not root and not dataset:
+        raise UserError('There is no data: give an image folder (--data-dir) or a dataset name of timm (--dataset).')
     img_mode = 'L' if data_config['input_size'][0] == 1 else 'RGB'
     try:
         images = create_dataset(dataset, root, split=split, class_map=class_map, input_img_mode=img_mode)  # type: ignore[arg-type]

@@ -66,7 +66,7 @@ def plot_band_curves(curves: Curves, path: Path, title: str = '', intervals: str
         axis.set_xlabel('epoch')
         axis.tick_params(labelbottom=True)
         axis.xaxis.get_major_locator().set_params(integer=True)
-    _finish(figure, path, ': '.join(filter(None, [title, intervals])), axes[0][0])
+    _finish(figure, path, ', '.join(filter(None, [title, intervals])), axes[0][0])
 
 
 def plot_image_panel(
@@ -119,8 +119,9 @@ def plot_layer_gains(layers: Sequence[LayerSpectrum], path: Path, title: str = '
     def draw(axis, layer: LayerSpectrum) -> None:
         gain, low, high = (values[1:] for values in layer.gain())
         rings = range(1, len(gain) + 1)
-        axis.semilogy(rings, gain, label='after / before', markersize=3, **_LINES[0])
+        axis.plot(rings, gain, label='after / before', markersize=3, **_LINES[0])
         axis.fill_between(rings, low, high, color='gray', alpha=.4, label='95 % interval over images')
+        axis.set_ylim(bottom=0)
 
     _layer_grid(layers, path, draw, 'power gain', title)
 

@@ -34,10 +34,10 @@ class LayerSpectrum:
         return max(1, min(self.size) // 4)
 
     def high_low_ratio(self, after: bool) -> float:
-        """Energy beyond the cutoff over energy up to it, without the mean; not a number for maps of one pixel."""
+        """Energy beyond the cutoff over energy up to it, without the mean; not a number for maps without both."""
         power = (self.after if after else self.before).mean(0)
         low, high = power[1:self.cutoff + 1].sum().item(), power[self.cutoff + 1:].sum().item()
-        return high / low if low else math.nan
+        return high / low if low and self.cutoff + 1 < len(power) else math.nan
 
     def gain(self) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Power after over power before, by ring.

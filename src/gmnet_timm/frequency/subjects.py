@@ -101,7 +101,7 @@ def _from_checkpoint(path: Path, args: Dict[str, Any], use_ema: bool, data_args:
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as e:
-        raise UserError(f'{path} does not fit {args["model"]}: {e}') from e
+        raise UserError(f'{path} does not fit {args["model"]}: {" ".join(str(e).split())[:300]} …') from e
     args.setdefault('in_chans', model_args.get('in_chans'))
     return Subject(
         f'{args["model"]} {path}',
