@@ -207,7 +207,7 @@ def _add_study(commands) -> None:
     defaults = StudySettings()
     parser = _command(commands, 'study', "band accuracy by epoch of the paper's subjects on photographs", _run_study)
     parser.set_defaults(output=Path('output/freq-study'))
-    parser.add_argument('--seeds', type=int, nargs='+', default=list(range(5)), help='a run of each model for each (0 … 4)')
+    parser.add_argument('--seeds', type=int, nargs='+', default=list(range(5)), help='(default: 0 1 2 3 4)')
     parser.add_argument('--families', nargs='+', choices=list(SUBJECTS), default=list(SUBJECTS), help='(default: all)')
     parser.add_argument('--epochs', type=int, default=defaults.epochs, help='(default: %(default)s)')
     parser.add_argument('--patches', type=int, default=defaults.patches, help='a photograph (default: %(default)s)')

@@ -169,7 +169,7 @@ def format_summary(summary: Sequence[Dict[str, Any]]) -> str:
             if (row['family'], row['label'], row['band'], row['radius']) == (family, label, *band)
         ]
         lines.append(f'{family + " " + label:<28}' + ''.join(f'{cell:>13}' for cell in cells))
-    lines += ['', 'high+m: with the mean of the image, high+m+c: with its mean and its contrast; radii in cycles per patch.']
+    lines += ['', 'high+m: with the mean of the image, high+m+c: with its contrast too; radii in cycles per patch.']
     return '\n'.join(lines)
 
 
