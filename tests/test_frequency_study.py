@@ -32,7 +32,7 @@ def test_study_learns_and_goes_on_where_it_stopped(tmp_path, capsys):
     argv = ['freq', 'study', '--output', str(tmp_path), '--epochs', '4', '--patches', '24', '--seeds', '0', '1',
             '--families', 'gmnet_s1', '--radii', '4', '--device', 'cpu']
     assert main(argv) == 0
-    assert capsys.readouterr().out.count('seed ') == 8
+    assert capsys.readouterr().out.count('-seed') == 8
     rows = _rows(tmp_path / 'bands.csv')
     assert len(rows) == 4 * 2 * (4 * 3 + 2)  # models, seeds, epochs, raw and two bands; two more in the last epoch
     assert {row['count'] for row in rows} == {'48'}
@@ -46,9 +46,12 @@ def test_study_learns_and_goes_on_where_it_stopped(tmp_path, capsys):
     before = json.loads(lost.read_text())['bands']
     lost.unlink()
     assert main(argv) == 0
-    assert capsys.readouterr().out.count('seed ') == 1
+    assert capsys.readouterr().out.count('-seed') == 1
     after = json.loads(lost.read_text())['bands']
     assert [row['correct1'] for row in after] == [row['correct1'] for row in before]
+    # other settings must not replace what took so long
+    assert main([*argv[:-1], 'cpu', '--epochs', '5']) == 1
+    assert 'other settings' in capsys.readouterr().err and json.loads(lost.read_text())['bands'] == after
     assert torch.get_num_threads() == json.loads(lost.read_text())['threads']
 
 

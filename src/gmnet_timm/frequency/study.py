@@ -19,7 +19,9 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import random_seed
 
+from gmnet_timm import __version__
 from gmnet_timm.demo import PhotoPatches, prepare_photo_patches
+from gmnet_timm.errors import UserError
 
 from .bands import SplitOptions, evaluate_bands
 from .data import create_band_loader
@@ -50,7 +52,7 @@ _LAST_EPOCH = {
     'high+m+c': SplitOptions(keep_mean=True, restore_contrast=True),
 }
 
-# 97.5 % quantiles of Student's t by degrees of freedom; beyond, the normal's is near enough
+# 97.5 % quantiles of Student's t by degrees of freedom; more are treated as nine, which errs on the wide side
 _STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
@@ -83,7 +85,7 @@ def run_study(
 ) -> List[Dict[str, Any]]:
     """Train each model with each seed, evaluate its bands after each epoch, and draw what came out.
 
-    A finished run is a file in `output`/runs, which a later call with the same settings does not repeat.
+    A finished run is a file in `output`/runs, which a later call does not repeat.
 
     Args:
         output: Folder for patches, runs, `bands.csv` (each run), `summary.csv` (mean and interval) and figures.
@@ -95,28 +97,25 @@ def run_study(
 
     Returns:
         The lines of the summary.
+
+    Raises:
+        UserError: `output` holds runs of other settings.
     """
     require_matplotlib()
+    runs = [
+        (family, label, seed, output / 'runs' / f'{_run_name(family, label)}-seed{seed}.json')
+        for seed in seeds for family in families for label in SUBJECTS[family]
+    ]
+    finished = {path: _read_run(path, settings) for *_, path in runs if path.is_file()}
     data = prepare_photo_patches(output / 'data', patches=settings.patches)
     rows: List[Dict[str, Any]] = []
-    runs = [(family, label, seed) for seed in seeds for family in families for label in SUBJECTS[family]]
-    for i, (family, label, seed) in enumerate(runs):
-        model, model_args = SUBJECTS[family][label]
-        name = '-'.join([model, *model_args.values()])
-        settings_text = json.loads(json.dumps(asdict(settings)))
-        path = output / 'runs' / f'{name}-seed{seed}.json'
-        done = json.loads(path.read_text()) if path.is_file() else None
-        if done is None or done['settings'] != settings_text:
-            start = time.perf_counter()
-            bands = _train_and_evaluate(model, model_args, seed, settings, data, device)
-            done = dict(
-                settings=settings_text, model=model, model_args=model_args, seed=seed, bands=bands,
-                seconds=round(time.perf_counter() - start, 1), device=str(device), threads=torch.get_num_threads(),
-                versions=dict(timm=timm.__version__, torch=torch.__version__),
-            )
-            write_json(done, path)
-            log(f'{i + 1}/{len(runs)} {name}, seed {seed}: {done["seconds"]:.0f} s')
-        rows += [dict(family=family, label=label, model=name, seed=seed, **row) for row in done['bands']]
+    for i, (family, label, seed, path) in enumerate(runs):
+        run = finished.get(path)
+        if run is None:
+            run = _run(*SUBJECTS[family][label], seed, settings, data, device)
+            write_json(run, path)
+            log(f'{i + 1}/{len(runs)} {path.stem}: {run["seconds"]:.0f} s')
+        rows += [dict(family=family, label=label, model=_run_name(family, label), seed=seed, **r) for r in run['bands']]
     write_csv(rows, output / 'bands.csv')
     summary = summarize(rows)
     write_csv(summary, output / 'summary.csv')
@@ -144,7 +143,7 @@ def summarize(rows: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
         n = len(values)
         mean = sum(values) / n
         variance = sum((value - mean) ** 2 for value in values) / max(1, n - 1)
-        half = _STUDENT.get(n - 1, 1.96) * math.sqrt(variance / n) if n > 1 else 0.
+        half = _STUDENT[min(n - 1, 9)] * math.sqrt(variance / n) if n > 1 else 0.
         summary.append(dict(
             zip(columns, key, strict=True),
             seeds=n,
@@ -171,6 +170,47 @@ def format_summary(summary: Sequence[Dict[str, Any]]) -> str:
         lines.append(f'{family + " " + label:<28}' + ''.join(f'{cell:>13}' for cell in cells))
     lines += ['', 'high+m: with the mean of the image, high+m+c: with its contrast too; radii in cycles per patch.']
     return '\n'.join(lines)
+
+
+def _run_name(family: str, label: str) -> str:
+    model, model_args = SUBJECTS[family][label]
+    return '-'.join([model, *model_args.values()])
+
+
+def _as_json(settings: StudySettings) -> Dict[str, Any]:
+    return json.loads(json.dumps(asdict(settings)))  # lists for tuples
+
+
+def _read_run(path: Path, settings: StudySettings) -> Dict[str, Any]:
+    run = json.loads(path.read_text())
+    if run['settings'] != _as_json(settings):
+        raise UserError(f'{path} is a run of other settings ({run["settings"]}). Choose another folder.')
+    return run
+
+
+def _run(
+        model: str,
+        model_args: Dict[str, Any],
+        seed: int,
+        settings: StudySettings,
+        data: PhotoPatches,
+        device: torch.device,
+) -> Dict[str, Any]:
+    """One training with its results and what is needed to repeat it."""
+    start = time.perf_counter()
+    bands = _train_and_evaluate(model, model_args, seed, settings, data, device)
+    return dict(
+        model=model,
+        model_args=model_args,
+        seed=seed,
+        settings=_as_json(settings),
+        options={band: asdict(options) for band, options in {'high': SplitOptions(), **_LAST_EPOCH}.items()},
+        seconds=round(time.perf_counter() - start, 1),
+        device=str(device),
+        threads=torch.get_num_threads(),
+        versions=dict(gmnet_timm=__version__, timm=timm.__version__, torch=torch.__version__),
+        bands=bands,
+    )
 
 
 def _train_and_evaluate(
