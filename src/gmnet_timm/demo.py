@@ -469,14 +469,15 @@ def _train_epoch(task: ClassificationTask, loader, optimizer, scheduler, epoch: 
 
 
 def _validate(model: nn.Module, loader) -> Dict[str, float]:
-    loss_m, top1_m = AverageMeter(), AverageMeter()
+    meters = {'loss': AverageMeter(), 'top1': AverageMeter(), 'top5': AverageMeter()}
     model.eval()
     with torch.inference_mode():
         for images, targets in loader:
             logits = model(images.contiguous(memory_format=torch.channels_last))
-            loss_m.update(nn.functional.cross_entropy(logits, targets).item(), len(images))
-            top1_m.update(accuracy(logits, targets)[0].item(), len(images))
-    return {'loss': loss_m.avg, 'top1': top1_m.avg}
+            values = nn.functional.cross_entropy(logits, targets), *accuracy(logits, targets, topk=(1, 5))
+            for meter, value in zip(meters.values(), values, strict=True):
+                meter.update(value.item(), len(images))
+    return {name: meter.avg for name, meter in meters.items()}
 
 
 def _restore(task: ClassificationTask, optimizer, saver: CheckpointSaver, run: Path) -> int:
