@@ -28,7 +28,10 @@ class CheckpointError(UserError, ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """The numbers that define a GmNet, in the terms of `GmNet`'s arguments."""
+    """What defines a GmNet, in the terms of `GmNet`'s arguments.
+
+    Except for `act_layer`, which leaves no trace in the tensors: pass it to `build` where it is not ReLU6.
+    """
 
     width: int
     depths: Tuple[int, ...]
@@ -37,16 +40,17 @@ class Architecture:
     in_chans: int
     num_classes: int
     global_pool: str
+    gate: str = 'identity'
 
     @property
     def model_name(self) -> Optional[str]:
-        """The registered model with this width, depths and expansions, None if there is none."""
+        """The registered model with this width, depths, expansions and gate, None if there is none."""
         name = self.nearest_model_name
         return None if self.differences(name) else name
 
     @property
     def nearest_model_name(self) -> str:
-        """The registered model that differs in the fewest numbers."""
+        """The registered model that differs in the fewest of them."""
         return min(REGISTERED_SIZES, key=lambda name: len(self.differences(name)))
 
     @property
@@ -59,7 +63,7 @@ class Architecture:
         return args
 
     def differences(self, name: str) -> List[str]:
-        """What differs from the registered model `name`, one entry a number; classes and channels do not count."""
+        """What differs from the registered model `name`, one entry each; classes and channels do not count."""
         return [f'{field} {mine} instead of {theirs}' for field, mine, theirs in self._compare(name)]
 
     def describe(self) -> str:
@@ -78,7 +82,7 @@ class Architecture:
         theirs = _registered(name)
         return [
             (field, getattr(self, field), getattr(theirs, field))
-            for field in ('width', 'depths', 'expansions', 'stem_chs')
+            for field in ('width', 'depths', 'expansions', 'stem_chs', 'gate')
             if getattr(self, field) != getattr(theirs, field)
         ]
 
@@ -144,6 +148,7 @@ def infer_architecture(state_dict: Dict[str, torch.Tensor], verify: bool = True)
         in_chans=stem[1],
         num_classes=head[0],
         global_pool='catavgmax' if len(head) == 2 and head[1] == 2 * dims[-1] else 'avg',
+        gate=_gate(shapes),
     )
     if verify:
         _verify_shapes(shapes, architecture)
@@ -183,6 +188,15 @@ def _conv_shape(shapes: Dict[str, Tuple[int, ...]], key: str) -> Tuple[int, ...]
     if len(shape) != 4 or min(shape) < 1:
         raise CheckpointError(f'This is not a GmNet: {key} has shape {shape}, a convolution has four dimensions.')
     return shape
+
+
+def _gate(shapes: Dict[str, Tuple[int, ...]]) -> str:
+    """The gate of the first block, named by its tensors: a norm, a depthwise or a full convolution, or none."""
+    if 'stages.0.1.gate.weight' in shapes:
+        return 'ln'
+    if 'stages.0.1.gate.conv.weight' not in shapes:
+        return 'identity'
+    return 'dw' if _conv_shape(shapes, 'stages.0.1.gate.conv.weight')[1] == 1 else 'fc'
 
 
 def _count(shapes: Dict[str, Tuple[int, ...]], pattern: str) -> int:

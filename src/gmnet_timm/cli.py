@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar='command', required=True)
     _add_demo(commands)
     _add_info(commands)
+    _add_freq(commands)
     return parser
 
 
@@ -99,3 +100,14 @@ def _run_info(args: argparse.Namespace) -> None:
     else:
         raise UserError(
             f'{args.model} is neither a model nor a checkpoint file. Models: {", ".join(list_models("gmnet*"))}.')
+
+
+def _add_freq(commands) -> None:
+    from gmnet_timm.frequency.cli import add_commands
+
+    parser = commands.add_parser(
+        'freq',
+        help='what models make of the low and the high frequencies of images',
+        description='Band accuracies, learning curves, pictures and layer spectra, for any model of timm.',
+    )
+    add_commands(parser.add_subparsers(metavar='command', required=True))

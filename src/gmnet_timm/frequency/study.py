@@ -1,0 +1,263 @@
+"""The study: band accuracy by epoch of ResNet18's and GmNet's gates on photographs, over several seeds.
+
+What varies with the seed is everything random in training: initialisation, order and augmentation. The patches are the
+same for all, so that the intervals say how far another training on these photographs could lie, and nothing about other
+photographs.
+"""
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Dict, List, Sequence, Tuple
+
+import timm
+import torch
+from timm.data import create_dataset, create_loader
+from timm.loss import LabelSmoothingCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import random_seed
+
+from gmnet_timm import __version__
+from gmnet_timm.demo import PhotoPatches, prepare_photo_patches
+from gmnet_timm.errors import UserError
+
+from .bands import SplitOptions, evaluate_bands
+from .data import create_band_loader
+from .plots import Curves, plot_band_curves, require_matplotlib
+from .reports import write_csv, write_json
+
+__all__ = ['SUBJECTS', 'StudySettings', 'format_summary', 'run_study', 'summarize']
+
+# family -> label -> model and its arguments
+SUBJECTS: Dict[str, Dict[str, Tuple[str, Dict[str, Any]]]] = {
+    'resnet18': {
+        'ReLU(x)': ('resnet18', {}),
+        'x·x': ('resnet18_ewp', {}),
+        'ReLU6(x)·x': ('resnet18_gate_relu6', {}),
+        'GELU(x)·x': ('resnet18_gate_gelu', {}),
+    },
+    'gmnet_s1': {
+        'σ = identity': ('gmnet_s1', dict(act_layer='identity')),
+        'σ = ReLU': ('gmnet_s1', dict(act_layer='relu')),
+        'σ = ReLU6': ('gmnet_s1', dict(act_layer='relu6')),
+        'σ = GELU': ('gmnet_s1', dict(act_layer='gelu')),
+    },
+}
+
+# after the last epoch, the high part is also shown to the model with what it lacks: its mean, then contrast too
+_LAST_EPOCH = {
+    'high+m': SplitOptions(keep_mean=True),
+    'high+m+c': SplitOptions(keep_mean=True, restore_contrast=True),
+}
+
+# 97.5 % quantiles of Student's t by degrees of freedom; more are treated as nine, which errs on the wide side
+_STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+
+
+@dataclass(frozen=True)
+class StudySettings:
+    """What decides the numbers of a run beside its model and its seed.
+
+    A radius counts cycles over the patch of 64 pixels. 10 is the paper's for its learning curves, the same in cycles
+    per image; 3 is the same in cycles per pixel as 10 in the paper's 224 pixels (10 * 64 / 224 = 2.9).
+    """
+
+    epochs: int = 10
+    patches: int = 128  # training patches of each of the eight photographs, a quarter as many for validation
+    radii: Tuple[float, ...] = (3., 10.)
+    batch_size: int = 32
+    lr: float = 3e-3
+    weight_decay: float = .05
+    warmup_epochs: int = 1
+    smoothing: float = .1
+    scale: Tuple[float, float] = (.6, 1.)  # area of the random crops
+
+
+def run_study(
+        output: Path,
+        settings: StudySettings = StudySettings(),
+        seeds: Sequence[int] = (0, 1, 2, 3, 4),
+        families: Sequence[str] = tuple(SUBJECTS),
+        device: torch.device = torch.device('cpu'),  # noqa: B008, immutable
+        log=print,
+) -> List[Dict[str, Any]]:
+    """Train each model with each seed, evaluate its bands after each epoch, and draw what came out.
+
+    A finished run is a file in `output`/runs, which a later call does not repeat.
+
+    Args:
+        output: Folder for patches, runs, `bands.csv` (each run), `summary.csv` (mean and interval) and figures.
+        settings: Settings of all runs.
+        seeds: One run of each model for each.
+        families: Keys of `SUBJECTS`.
+        device: Where to train.
+        log: Takes a line for each run.
+
+    Returns:
+        The lines of the summary.
+
+    Raises:
+        UserError: `output` holds runs of other settings.
+    """
+    require_matplotlib()
+    runs = [
+        (family, label, seed, output / 'runs' / f'{_run_name(family, label)}-seed{seed}.json')
+        for seed in seeds for family in families for label in SUBJECTS[family]
+    ]
+    finished = {path: _read_run(path, settings) for *_, path in runs if path.is_file()}
+    data = prepare_photo_patches(output / 'data', patches=settings.patches)
+    rows: List[Dict[str, Any]] = []
+    for i, (family, label, seed, path) in enumerate(runs):
+        run = finished.get(path)
+        if run is None:
+            run = _run(*SUBJECTS[family][label], seed, settings, data, device)
+            write_json(run, path)
+            log(f'{i + 1}/{len(runs)} {path.stem}: {run["seconds"]:.0f} s')
+        rows += [dict(family=family, label=label, model=_run_name(family, label), seed=seed, **r) for r in run['bands']]
+    write_csv(rows, output / 'bands.csv')
+    summary = summarize(rows)
+    write_csv(summary, output / 'summary.csv')
+    for family in families:
+        plot_band_curves(
+            _curves(summary, family),
+            output / f'{family}.png',
+            f'{family} on patches of photographs',
+            f'mean of {len(seeds)} seeds and its 95 % interval',
+        )
+    return summary
+
+
+def summarize(rows: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
+    """Mean over seeds of each model, epoch and band, with its 95 % interval by Student's t.
+
+    With one seed the interval is the point itself.
+    """
+    columns = ('family', 'label', 'model', 'epoch', 'band', 'radius')
+    groups: Dict[Tuple[Any, ...], List[float]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[column] for column in columns), []).append(row['top1'])
+    summary = []
+    for key, values in groups.items():
+        n = len(values)
+        mean = sum(values) / n
+        variance = sum((value - mean) ** 2 for value in values) / max(1, n - 1)
+        half = _STUDENT[min(n - 1, 9)] * math.sqrt(variance / n) if n > 1 else 0.
+        summary.append(dict(
+            zip(columns, key, strict=True),
+            seeds=n,
+            top1=round(mean, 2),
+            half_interval=round(half, 2),
+            top1_low=round(max(0., mean - half), 2),
+            top1_high=round(min(100., mean + half), 2),
+        ))
+    return summary
+
+
+def format_summary(summary: Sequence[Dict[str, Any]]) -> str:
+    """The last epoch of each model as a table."""
+    last = max(row['epoch'] for row in summary)
+    final = [row for row in summary if row['epoch'] == last]
+    bands = list(dict.fromkeys((row['band'], row['radius']) for row in final))
+    lines = [f'{"top-1 %, epoch " + str(last):<28}' + ''.join(f'{band + " " + radius:>13}' for band, radius in bands)]
+    for family, label in dict.fromkeys((row['family'], row['label']) for row in final):
+        cells = [
+            f'{row["top1"]:.1f} ±{row["half_interval"]:.1f}'
+            for band in bands for row in final
+            if (row['family'], row['label'], row['band'], row['radius']) == (family, label, *band)
+        ]
+        lines.append(f'{family + " " + label:<28}' + ''.join(f'{cell:>13}' for cell in cells))
+    lines += ['', 'high+m: with the mean of the image, high+m+c: with its contrast too; radii in cycles per patch.']
+    return '\n'.join(lines)
+
+
+def _run_name(family: str, label: str) -> str:
+    model, model_args = SUBJECTS[family][label]
+    return '-'.join([model, *model_args.values()])
+
+
+def _as_json(settings: StudySettings) -> Dict[str, Any]:
+    return json.loads(json.dumps(asdict(settings)))  # lists for tuples
+
+
+def _read_run(path: Path, settings: StudySettings) -> Dict[str, Any]:
+    run = json.loads(path.read_text())
+    if run['settings'] != _as_json(settings):
+        raise UserError(f'{path} is a run of other settings ({run["settings"]}). Choose another folder.')
+    return run
+
+
+def _run(
+        model: str,
+        model_args: Dict[str, Any],
+        seed: int,
+        settings: StudySettings,
+        data: PhotoPatches,
+        device: torch.device,
+) -> Dict[str, Any]:
+    """One training with its results and what is needed to repeat it."""
+    start = time.perf_counter()
+    bands = _train_and_evaluate(model, model_args, seed, settings, data, device)
+    return dict(
+        model=model,
+        model_args=model_args,
+        seed=seed,
+        settings=_as_json(settings),
+        options={band: asdict(options) for band, options in {'high': SplitOptions(), **_LAST_EPOCH}.items()},
+        seconds=round(time.perf_counter() - start, 1),
+        device=str(device),
+        threads=torch.get_num_threads(),
+        versions=dict(gmnet_timm=__version__, timm=timm.__version__, torch=torch.__version__),
+        bands=bands,
+    )
+
+
+def _train_and_evaluate(
+        name: str,
+        model_args: Dict[str, Any],
+        seed: int,
+        settings: StudySettings,
+        data: PhotoPatches,
+        device: torch.device,
+) -> List[Dict[str, Any]]:
+    """Lines of `BandAccuracy.as_row` for each epoch."""
+    random_seed(seed)
+    model = timm.create_model(name, in_chans=1, num_classes=len(data.classes), **model_args)
+    model.to(device).to(memory_format=torch.channels_last)
+    optimizer = create_optimizer_v2(model, opt='adamw', lr=settings.lr, weight_decay=settings.weight_decay)
+    config: Dict[str, Any] = dict(
+        input_size=(1, 64, 64), mean=(data.mean,), std=(data.std,), interpolation='bilinear', crop_pct=1.)
+    loader = create_loader(
+        create_dataset('', str(data.root), split='train', input_img_mode='L'),
+        batch_size=settings.batch_size, is_training=True, scale=settings.scale, num_workers=0,
+        color_jitter=None,  # type: ignore[arg-type]  # timm's own way to turn it off
+        persistent_workers=False, device=device, **config)
+    validation = create_band_loader(str(data.root), config, num_classes=len(data.classes), batch_size=200, workers=0)
+    scheduler, _ = create_scheduler_v2(
+        optimizer, sched='cosine', num_epochs=settings.epochs, warmup_epochs=settings.warmup_epochs, warmup_lr=1e-5,
+        min_lr=1e-5, step_on_epochs=False, updates_per_epoch=len(loader))
+    criterion = LabelSmoothingCrossEntropy(settings.smoothing)
+    rows = []
+    for epoch in range(settings.epochs):
+        model.train()
+        for i, (images, targets) in enumerate(loader):
+            scheduler.step_update(epoch * len(loader) + i)
+            optimizer.zero_grad()
+            criterion(model(images.contiguous(memory_format=torch.channels_last)), targets).backward()
+            optimizer.step()
+        for result in evaluate_bands(model.eval(), validation, settings.radii, progress=False):
+            rows.append(dict(epoch=epoch + 1, **result.as_row()))
+    for band, options in _LAST_EPOCH.items():
+        results = evaluate_bands(model, validation, settings.radii, options=options, progress=False)
+        rows += [{**result.as_row(), 'epoch': epoch + 1, 'band': band} for result in results if result.band == 'high']
+    return rows
+
+
+def _curves(summary: Sequence[Dict[str, Any]], family: str) -> Curves:
+    curves: Curves = {}
+    for row in summary:
+        if row['family'] == family:
+            points = curves.setdefault(row['label'], {}).setdefault((row['band'], row['radius']), [])
+            points.append((row['epoch'], row['top1'], row['top1_low'], row['top1_high']))
+    return curves
