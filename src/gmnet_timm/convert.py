@@ -1,7 +1,9 @@
 """Writing weights: in another format or precision, whole or not at all, and never over something else unasked."""
 import contextlib
+import json
 import os
 import secrets
+import struct
 from pathlib import Path
 from typing import Dict, Iterator, Optional, Union
 
@@ -81,12 +83,24 @@ def save_weights(state_dict: Dict[str, torch.Tensor], path: Union[str, Path], fo
     state_dict = {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in state_dict.items()}
     with replacing(path, force=force) as temporary:
         if path.suffix == '.safetensors':
-            metadata = {'format': 'pt', SHA256_KEY: weights_sha256(state_dict)}  # transformers asks for the format
-            temporary.write_bytes(save(state_dict, metadata=metadata))  # save_file would make it readable to us alone
+            temporary.write_bytes(_safetensors(state_dict))
         else:
             torch.save({'state_dict': state_dict} if path.suffix == '.tar' else state_dict, temporary)
         if weights_sha256(read_state_dict(temporary)) != weights_sha256(state_dict):
             raise UserError(f'{path} was not written: what was read back differs. Is the disk sound?')
+
+
+def _safetensors(state_dict: Dict[str, torch.Tensor]) -> bytes:
+    """A safetensors file with the hash in its metadata.
+
+    The library writes metadata in random order, which would make the same weights a new file, and a new commit, each time.
+    """
+    raw = save(state_dict)
+    start = 8 + struct.unpack('<Q', raw[:8])[0]
+    metadata = {'format': 'pt', SHA256_KEY: weights_sha256(state_dict)}  # transformers asks for the format
+    header = json.dumps({'__metadata__': metadata, **json.loads(raw[8:start])}, separators=(',', ':')).encode()
+    header += b' ' * (-len(header) % 8)  # keeps the tensors aligned
+    return struct.pack('<Q', len(header)) + header + raw[start:]
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
-from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, hf_hub_download
+from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelCard, ModelInfo, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import RevisionNotFoundError
 from timm.models._hub import hf_split, load_model_config_from_path, save_config_for_hf
@@ -143,8 +143,8 @@ def push(
             overwrite_card=overwrite_card)
         with _explaining(f'Cannot prepare {repo_id}, nothing was sent'):
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            head = _head(api, repo_id, revision)
-            keep_card = not overwrite_card and api.file_exists(repo_id, CARD_NAME, revision=revision)
+            info = _info(api, repo_id, revision)
+        keep_card = not overwrite_card and any(file.rfilename == CARD_NAME for file in info.siblings or [])
         names = [WEIGHTS_NAME, CONFIG_NAME] + ([] if keep_card else [CARD_NAME])
         with _explaining(
                 f'Cannot publish {repo_id}: no commit was confirmed, and an upload alone shows nowhere. '
@@ -155,7 +155,7 @@ def push(
                 commit_message=message or f'Upload {infer_architecture(source.state_dict).nearest_model_name}',
                 revision=revision,
                 create_pr=create_pr,
-                parent_commit=None if create_pr else head,
+                parent_commit=None if create_pr else info.sha,
             )
         sha256 = {name: _file_sha256(folder / name) for name in names}
         _read_back(api, repo_id, commit, sha256)
@@ -254,13 +254,13 @@ def _explaining(what: str) -> Iterator[None]:
         raise UserError(f'{what}. {reason} {advice}'.strip()) from e
 
 
-def _head(api: HfApi, repo_id: str, revision: Optional[str]) -> Optional[str]:
-    """The commit that the branch is at, after creating the branch if there is none."""
+def _info(api: HfApi, repo_id: str, revision: Optional[str]) -> ModelInfo:
+    """What is at the branch to commit to, after creating it if there is none."""
     try:
-        return api.model_info(repo_id, revision=revision).sha
+        return api.model_info(repo_id, revision=revision)
     except RevisionNotFoundError:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-        return api.model_info(repo_id, revision=revision).sha
+        return api.model_info(repo_id, revision=revision)
 
 
 def _read_back(api: HfApi, repo_id: str, commit: CommitInfo, sha256: Dict[str, str]) -> None:
@@ -287,7 +287,7 @@ def _download(name: str, token: Optional[str]) -> Tuple[Path, List[Check]]:
     api = HfApi(token=token, library_name='gmnet-timm', library_version=__version__)
     with _explaining(f'Cannot read {name}'):
         info = api.model_info(repo_id, revision=revision, files_metadata=True)
-        files = {file.rfilename: file for file in info.siblings}
+        files = {file.rfilename: file for file in info.siblings or []}
         paths = {
             file: Path(hf_hub_download(repo_id, file, revision=info.sha, token=token))
             for file in (CONFIG_NAME, CARD_NAME, WEIGHTS_NAME) if file in files
