@@ -245,10 +245,12 @@ def _explaining(what: str) -> Iterator[None]:
     try:
         yield
     except _REQUEST_ERRORS as e:
-        cause: BaseException = e
-        while isinstance(cause, RuntimeError) and cause.__cause__ is not None:  # a wrapped failure of an upload
-            cause = cause.__cause__
-        status = getattr(getattr(cause, 'response', None), 'status_code', None)
+        causes: List[BaseException] = [e]  # huggingface_hub wraps failures, and then advises to check the connection
+        while causes[-1].__cause__ is not None:
+            causes.append(causes[-1].__cause__)
+        answered = [cause for cause in causes if getattr(cause, 'response', None) is not None]
+        cause = answered[0] if answered else causes[-1]
+        status = answered[0].response.status_code if answered else None
         reason = ' '.join(str(cause).split()) or type(cause).__name__
         advice = _ADVICE.get(status, 'Is the network there? Repeat the command.' if status is None else '')
         raise UserError(f'{what}. {reason} {advice}'.strip()) from e

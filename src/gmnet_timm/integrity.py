@@ -62,6 +62,9 @@ def check_container(path: Path) -> None:
     if tarfile.is_tarfile(path):  # torch before 2.6 runs the pickles in these even with weights_only=True
         raise DamageError('It is a tar file, a format of torch 0.1 that is not read here')
     if not zipfile.is_zipfile(path):
+        with path.open('rb') as file:
+            if file.read(4) == b'PK\x03\x04':
+                raise DamageError('It starts like a zip file and does not end like one')
         return
     with zipfile.ZipFile(path) as file:
         entries = file.infolist()
