@@ -1,7 +1,7 @@
 """A Hugging Face Hub in miniature on loopback, which speaks the part of the API that huggingface_hub uses here.
 
-It keeps what the real one guarantees: a commit is whole or absent, needs its large files uploaded before, and large files
-are accepted only with the hash they were announced with. Faults can be injected into any request.
+It keeps what the real one guarantees: a commit is whole or absent and needs its large files uploaded before, and large
+files are accepted only with the hash they were announced with. Faults can be injected into any request.
 """
 import base64
 import contextlib
@@ -128,9 +128,10 @@ class _Handler(BaseHTTPRequestHandler):
         if fault is not None and fault.what == CUT:
             self.rfile.read(length // 2)
             return self._hang_up()
-        self.body = self._read_chunks() if self.headers.get('Transfer-Encoding') == 'chunked' else self.rfile.read(length)
+        chunked = self.headers.get('Transfer-Encoding') == 'chunked'
+        self.body = self._read_chunks() if chunked else self.rfile.read(length)
         if fault is not None and not self.lost:
-            return self._json(fault.what, {'error': f'injected {fault.what}'})
+            return self._json(fault.what, {'error': f'injected {fault.what}', 'url': f'{self.hub.url}/owner/tiny'})
         for pattern, handle in routes:
             match = re.fullmatch(pattern, url.path)
             if match:
@@ -210,7 +211,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _model_info(self, repo_id, revision='main'):
         oid = self.repo.resolve(revision)
         siblings = [
-            {'rfilename': path, 'size': len(data), 'blobId': _blob_id(data), **({'lfs': _lfs(data)} if _large(path) else {})}
+            dict(rfilename=path, size=len(data), blobId=_blob_id(data), lfs=_lfs(data) if _large(path) else None)
             for path, data in self.repo.commits[oid].items()
         ]
         self._json(200, {

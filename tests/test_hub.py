@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import struct
 import subprocess
 import sys
@@ -306,7 +307,7 @@ def test_convert(run, tmp_path, checkpoint):
 def test_push_and_verify(run, hub, checkpoint, names):
     out = succeed(run('push', checkpoint, 'owner/tiny', '--classes', names, '--top1', 50))
     files = hub.files('owner/tiny')
-    assert FILES <= set(files)
+    assert set(files) >= FILES
     for name in FILES:
         assert hashlib.sha256(files[name]).hexdigest() in out
     assert hub.repos['owner/tiny'].refs['main'] in out
@@ -379,7 +380,7 @@ def fault_cases():
 
 @pytest.mark.parametrize('method, path, status', list(fault_cases()))
 def test_faults(run, hub, checkpoint, method, path, status):
-    """Whatever fails: no traceback, no claim of success, nothing half published; and repeating the command completes."""
+    """Whatever fails: no traceback, no claim of success, nothing half published; the command repeated completes."""
     with hub.fault(method, path, status) as fault:
         result = run('push', checkpoint, 'owner/tiny')
     assert fault.hits, 'the fault was never met'
@@ -394,7 +395,7 @@ def test_faults(run, hub, checkpoint, method, path, status):
         assert ('could not be read back' in message) == (present == FILES and '/commit/' not in path)
     commits = len(hub.repos['owner/tiny'].commits) if present == FILES else None
     succeed(run('push', checkpoint, 'owner/tiny'))
-    assert FILES <= set(hub.files('owner/tiny'))
+    assert set(hub.files('owner/tiny')) >= FILES
     assert commits in (None, len(hub.repos['owner/tiny'].commits))  # nothing is published twice
     assert 'FAILED' not in succeed(run('verify', 'owner/tiny'))
 
@@ -443,11 +444,12 @@ def test_tokens(run, hub, checkpoint):
 def python(code: str, hub_url: str, tmp_path: Path, **environment) -> str:
     """Run code in a process of its own, whose Hub is the server."""
     env = {
-        **os.environ, 'HF_ENDPOINT': hub_url, 'HF_HOME': str(tmp_path / 'home'), 'HF_HUB_DISABLE_XET': '1',
+        **{key: value for key, value in os.environ.items() if key != 'HF_TOKEN'},
+        'HF_ENDPOINT': hub_url, 'HF_HOME': str(tmp_path / 'home'), 'HF_HUB_DISABLE_XET': '1',
         'HF_HUB_DISABLE_TELEMETRY': '1', 'OMP_WAIT_POLICY': 'PASSIVE', **environment,
     }
-    env.pop('HF_TOKEN', None)
-    done = subprocess.run([sys.executable, '-c', code], env=env, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, '-c', code], env=env, capture_output=True, text=True, timeout=240, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -542,3 +544,27 @@ def test_card_usage_runs_as_printed(run, hub, tmp_path, checkpoint, names):
     assert 'topk' in python(blocks[0], hub.url, tmp_path)
     pytest.importorskip('transformers', reason="transformers is not installed: pip install 'gmnet-timm[ecosystem]'")
     assert 'owl' in python(blocks[1], hub.url, tmp_path)
+
+
+@pytest.mark.slow
+def test_every_documented_command(run, hub, tmp_path, names, monkeypatch):
+    """docs/publishing.md, from top to bottom."""
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / 'run')
+    torch.save(tiny_model().state_dict(), 'checkpoint.pth')
+    Path('results.csv').write_text('model,top1,top5\ngmnet_s1,61.5,88.25\n')
+    for name in LABELS:
+        Path('pets', name).mkdir(parents=True)
+        Path('pets', name, 'x.jpg').touch()
+    text = (Path(__file__).parent.parent / 'docs' / 'publishing.md').read_text(encoding='utf-8')
+    blocks = re.findall(r'```(console|python)\n(.*?)```', text, re.DOTALL)
+    commands = [line for language, block in blocks if language == 'console' for line in block.splitlines()]
+    assert len(commands) >= 15
+    for command in commands:
+        prompt, program, *arguments = shlex.split(command)
+        assert (prompt, program) == ('$', 'gmnet-timm'), command
+        assert 'FAILED' not in succeed(run(*arguments)), command
+    programs = [block for language, block in blocks if language == 'python']
+    assert 'cat' in python(programs[0], hub.url, tmp_path, HF_TOKEN=TOKEN)
+    pytest.importorskip('transformers', reason="transformers is not installed: pip install 'gmnet-timm[ecosystem]'")
+    assert 'owl' in python(programs[1], hub.url, tmp_path, HF_TOKEN=TOKEN)

@@ -134,7 +134,7 @@ def _run_push(args: argparse.Namespace) -> None:
 def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('source', help='checkpoint file, output folder of train.py, or folder for local-dir:')
     parser.add_argument(
-        '--checkpoint', metavar='NAME', help='file of an output folder (default: model_best.pth.tar, else last.pth.tar)')
+        '--checkpoint', metavar='NAME', help='file of an output folder (default: model_best.pth.tar, last.pth.tar)')
     parser.add_argument('--use-ema', action='store_true', help='take the averaged weights')
     parser.add_argument('--classes', help='class names: a folder of images, a text file, or imagenet-1k')
     parser.add_argument('--img-size', type=int, help='preprocessing: height and width in pixels')

@@ -93,7 +93,7 @@ def save_weights(state_dict: Dict[str, torch.Tensor], path: Union[str, Path], fo
 def _safetensors(state_dict: Dict[str, torch.Tensor]) -> bytes:
     """A safetensors file with the hash in its metadata.
 
-    The library writes metadata in random order, which would make the same weights a new file, and a new commit, each time.
+    The library writes metadata in random order: the same weights would be a new file, and a new commit, each time.
     """
     raw = save(state_dict)
     start = 8 + struct.unpack('<Q', raw[:8])[0]

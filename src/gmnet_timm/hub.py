@@ -35,9 +35,9 @@ _ADVICE = {
     401: 'Log in with `hf auth login`, or give a token with --token or HF_TOKEN.',
     403: 'The token does not allow this: it needs write permission there. --create-pr opens a pull request instead.',
     404: 'There is no such repository or revision, or the token does not show it.',
-    409: 'The repository was changed by somebody else meanwhile. Repeat the command.',
-    412: 'The repository was changed by somebody else meanwhile. Repeat the command.',
-    429: 'The server asks for patience. Repeat the command later.',
+    409: 'The repository was changed by somebody else meanwhile.',
+    412: 'The repository was changed by somebody else meanwhile.',
+    429: 'The server asks for patience.',
 }
 
 
@@ -141,7 +141,7 @@ def push(
         folder = save_folder(
             source, Path(parent) / 'model', repo_id=repo_id, license=license, datasets=datasets,
             overwrite_card=overwrite_card)
-        with _explaining(f'Cannot prepare {repo_id}, nothing was sent'):
+        with _explaining(f'Cannot prepare {repo_id}, none of the files was sent'):
             repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
             info = _info(api, repo_id, revision)
         keep_card = not overwrite_card and any(file.rfilename == CARD_NAME for file in info.siblings or [])
@@ -251,9 +251,9 @@ def _explaining(what: str) -> Iterator[None]:
         answered = [cause for cause in causes if getattr(cause, 'response', None) is not None]
         cause = answered[0] if answered else causes[-1]
         status = answered[0].response.status_code if answered else None
-        reason = ' '.join(str(cause).split()) or type(cause).__name__
-        advice = _ADVICE.get(status, 'Is the network there? Repeat the command.' if status is None else '')
-        raise UserError(f'{what}. {reason} {advice}'.strip()) from e
+        reason = ' '.join(str(cause).split('For more information')[0].split()).rstrip('.')
+        advice = _ADVICE.get(status, 'Is the network there?' if status is None else 'The server has a problem.')
+        raise UserError(f'{what}. {type(cause).__name__}: {reason}. {advice}') from e
 
 
 def _info(api: HfApi, repo_id: str, revision: Optional[str]) -> ModelInfo:
@@ -266,7 +266,7 @@ def _info(api: HfApi, repo_id: str, revision: Optional[str]) -> ModelInfo:
 
 
 def _read_back(api: HfApi, repo_id: str, commit: CommitInfo, sha256: Dict[str, str]) -> None:
-    what = f'{repo_id} got the commit {commit.oid}, but it could not be read back'
+    what = f'{repo_id} got the commit {commit.oid}, but it could not be read back; try gmnet-timm verify {repo_id}'
     with tempfile.TemporaryDirectory() as cache, _explaining(what):
         for name, expected in sha256.items():
             path = api.hf_hub_download(repo_id, name, revision=commit.oid, cache_dir=cache)

@@ -214,7 +214,7 @@ def _check_labels(label_names: Optional[List[str]], architecture: Architecture) 
     if not isinstance(label_names, list) or not all(isinstance(name, str) for name in label_names):
         raise UserError('Class names have to be a list of strings.')
     if len(label_names) != architecture.num_classes:
-        raise UserError(f'{len(label_names)} class names do not fit the {architecture.num_classes} classes of the model.')
+        raise UserError(f'{len(label_names)} class names do not fit a model of {architecture.num_classes} classes.')
     doubles = sorted({name for name in label_names if label_names.count(name) > 1})
     if doubles:
         raise UserError(f'Class names have to differ, these occur twice: {", ".join(doubles[:5])}')
