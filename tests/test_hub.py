@@ -247,6 +247,40 @@ def test_saved_folder(run, tmp_path, checkpoint, names):
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith('.')] == []
 
 
+@pytest.mark.parametrize('kwargs, dtype', [
+    (dict(in_chans=1), torch.float16),
+    (dict(in_chans=4, num_classes=2), torch.float64),
+    (dict(global_pool='catavgmax'), torch.float32),
+    (dict(width=40, depths=(2, 2, 10, 2), expansions=(3, 3, 3, 2), stem_chs=32), torch.float32),
+], ids=['grey, half precision', 'four channels, double precision', 'pooling', 'gmnet_s1'])
+def test_saved_variants(run, tmp_path, kwargs, dtype):
+    """Whatever the model, config.json builds it again, by itself and without num_classes, which transformers adds."""
+    model = tiny_model(**kwargs).to(dtype)
+    torch.save(model.state_dict(), tmp_path / 'x.pth')
+    succeed(run('save', tmp_path / 'x.pth', tmp_path / 'out'))
+    loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
+    assert torch.equal(logits(loaded), logits(model.float()))
+    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert config['architecture'] == 'gmnet_s1'
+    args = config.get('model_args', {})
+    assert 'num_classes' not in args and ('width' in args) == ('width' not in kwargs)
+    built = timm.create_model(config['architecture'], num_classes=config['num_classes'], **args)
+    built.load_state_dict(load_file(tmp_path / 'out' / 'model.safetensors'))
+    assert torch.equal(logits(built), logits(model.float()))
+    assert len(config['pretrained_cfg']['mean']) in (1, model.in_chans)
+    assert 'FAILED' not in succeed(run('verify', tmp_path / 'out'))
+
+
+def test_verify_finds_the_entry_that_transformers_cannot_load(run, tmp_path, checkpoint):
+    """timm 1.0.31 writes it by itself."""
+    succeed(run('save', checkpoint, tmp_path / 'out'))
+    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    config['model_args']['num_classes'] = 3
+    (tmp_path / 'out' / 'config.json').write_text(json.dumps(config))
+    status, out, _ = run('verify', tmp_path / 'out')
+    assert status == 1 and 'num_classes under model_args' in out
+
+
 def test_recorded_hash(run, tmp_path, checkpoint):
     """The SHA-256 is the one that its documentation describes, computed here from the bytes of the file."""
     succeed(run('convert', checkpoint, tmp_path / 'a.safetensors'))
