@@ -19,7 +19,7 @@ import yaml
 from hub_server import CUT, LOST, READ_TOKEN, TOKEN, HubServer
 from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file, save_file
-from timm.models import reparameterize_model
+from timm.utils import reparameterize_model
 
 from gmnet_timm import GmNet
 from gmnet_timm.cli import main

@@ -203,6 +203,8 @@ def _write_files(source: Source, folder: Path, card: str, license: str) -> None:
     config.pop('model_args', None)
     if model_args := _model_args(architecture.model_args):
         config['model_args'] = model_args
+    if architecture.in_chans not in (1, 3):  # timm 1.0.29 would adapt this convolution from three channels, and drop it
+        config['pretrained_cfg']['first_conv'] = None
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
     (folder / CARD_NAME).write_text(card, encoding='utf-8')
 
