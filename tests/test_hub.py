@@ -17,7 +17,7 @@ import timm
 import torch
 import yaml
 from hub_server import CUT, LOST, READ_TOKEN, TOKEN, HubServer
-from huggingface_hub import ModelCard, constants
+from huggingface_hub import ModelCard, constants, file_download
 from safetensors.torch import load_file, save_file
 from timm.utils import reparameterize_model
 
@@ -69,7 +69,8 @@ def hub(monkeypatch, tmp_path):
     with HubServer() as server:
         monkeypatch.setattr(constants, 'ENDPOINT', server.url)
         template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace('https://huggingface.co', server.url)
-        monkeypatch.setattr(constants, 'HUGGINGFACE_CO_URL_TEMPLATE', template)
+        for module in (constants, file_download):  # before 1.0 the latter had a copy of its own
+            monkeypatch.setattr(module, 'HUGGINGFACE_CO_URL_TEMPLATE', template, raising=False)
         monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
         monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True, raising=False)
         monkeypatch.setenv('HF_TOKEN', TOKEN)
