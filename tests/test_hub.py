@@ -196,6 +196,11 @@ def test_local_dir_folder_keeps_its_card(run, tmp_path, checkpoint, names):
     refused(run('save', tmp_path / 'b', tmp_path / 'c'), 'config.json does not describe the tensors')
     status, out, _ = run('verify', tmp_path / 'b')
     assert status == 1 and 'FAILED  config' in out
+    for args in ({'depths': [10 ** 9] * 4}, {'width': 10 ** 9}, {'width': 'x'}, 'x', None, []):  # none of them is built
+        (tmp_path / 'b' / 'config.json').write_text(json.dumps({**config, 'model_args': args}))
+        status, out, _ = run('verify', tmp_path / 'b')
+        assert status == 1 and 'FAILED  config' in out
+        refused(run('save', tmp_path / 'b', tmp_path / 'c'), 'config.json')
 
 
 class Visible:

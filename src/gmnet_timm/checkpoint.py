@@ -44,6 +44,20 @@ class Architecture:
     num_classes: int
     global_pool: str
 
+    @classmethod
+    def from_config(cls, name: str, args: Dict[str, Any]) -> 'Architecture':
+        """What `timm.create_model(name, **args)` would build, without building it, as a config may ask for much.
+
+        Raises:
+            CheckpointError: `name` is no model of this package.
+        """
+        size = name.split('.')[0]
+        if size not in REGISTERED_SIZES:
+            raise CheckpointError(f'{name} is no GmNet. Models: {", ".join(REGISTERED_SIZES)}.')
+        fields = {field.name for field in dataclasses.fields(cls)}
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in args.items() if key in fields}
+        return dataclasses.replace(_registered(size), **values)
+
     @property
     def model_name(self) -> Optional[str]:
         """The registered model with this width, depths and expansions, None if there is none."""

@@ -8,7 +8,7 @@ import secrets
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
@@ -18,7 +18,7 @@ from huggingface_hub.utils import RevisionNotFoundError
 from timm.models._hub import hf_split, load_model_config_from_path, save_config_for_hf
 
 from . import __version__
-from .checkpoint import infer_architecture, load_model, read_state_dict
+from .checkpoint import Architecture, infer_architecture, load_model, read_state_dict
 from .convert import save_weights
 from .errors import UserError
 from .integrity import recorded_sha256
@@ -180,13 +180,11 @@ def verify(name: str, token: Optional[str] = None) -> List[Check]:
     folder, checks = (Path(name), []) if local else _download(name, token)
     if not (folder / WEIGHTS_NAME).is_file():
         raise UserError(f'{name} has no {WEIGHTS_NAME}.')
-    for check in (_verify_weights, _verify_config, _verify_card, _verify_logits):
-        try:
-            checks.append(check(folder))
-        except Exception as e:  # whatever a broken repository raises is the finding
-            reason = f'{type(e).__name__}: {" ".join(str(e).split())}'
-            checks.append(Check(check.__name__.split('_')[-1], False, reason))
-    return checks
+    for check in (_verify_weights, _verify_config, _verify_card):
+        checks.append(_finding(check, folder))
+    if any(check.ok is False and check.name in ('weights', 'config') for check in checks):
+        return [*checks, Check('logits', None, 'not computed, for what is wrong above')]
+    return [*checks, _finding(_verify_logits, folder)]
 
 
 def _write_files(source: Source, folder: Path, card: str, license: str) -> None:
@@ -310,6 +308,13 @@ def _download(name: str, token: Optional[str]) -> Tuple[Path, List[Check]]:
     return paths[WEIGHTS_NAME].parent, checks
 
 
+def _finding(verify: Callable[[Path], Check], folder: Path) -> Check:
+    try:
+        return verify(folder)
+    except Exception as e:  # whatever a broken repository raises is the finding
+        return Check(verify.__name__.split('_')[-1], False, f'{type(e).__name__}: {" ".join(str(e).split())}')
+
+
 def _verify_weights(folder: Path) -> Check:
     state_dict = read_state_dict(folder / WEIGHTS_NAME)
     architecture = infer_architecture(state_dict)
@@ -323,10 +328,9 @@ def _verify_weights(folder: Path) -> Check:
 def _verify_config(folder: Path) -> Check:
     architecture = infer_architecture(read_state_dict(folder / WEIGHTS_NAME))
     cfg, name, args = load_model_config_from_path(folder)
-    described = infer_architecture(
-        timm.create_model(name, **{**args, 'num_classes': cfg['num_classes']}, device='meta').state_dict())
+    described = Architecture.from_config(name, {**args, 'num_classes': cfg['num_classes']})
     if described != architecture:
-        return Check('config', False, f'describes {described.describe()}, not the tensors')
+        return Check('config', False, f'describes {described}, the tensors are {architecture}')
     if 'num_classes' in args:
         return Check('config', False, 'has num_classes under model_args, which transformers cannot load')
     labels = cfg.get('label_names')

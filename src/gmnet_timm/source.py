@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
 
-import timm
 import torch
 import yaml
 from timm.data import ImageNetInfo, create_dataset, resolve_data_config
@@ -140,11 +139,9 @@ def _read_config(path: Path, architecture: Architecture) -> Dict[str, Any]:
     try:
         config = json.loads(file.read_text(encoding='utf-8'))
         args = {**config.get('model_args', {}), 'num_classes': config['num_classes']}
-        described = infer_architecture(timm.create_model(config['architecture'], **args, device='meta').state_dict())
-    except CheckpointError as e:
-        raise UserError(f'{file} describes no GmNet: {e}') from e
-    except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as e:
-        raise UserError(f'{file} describes no model that timm can build: {type(e).__name__}: {e}') from e
+        described = Architecture.from_config(config['architecture'], args)
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as e:
+        raise UserError(f'{file} describes no GmNet. {type(e).__name__}: {e}') from e
     if described != architecture:
         raise UserError(
             f'{file} does not describe the tensors beside it. They are {architecture.describe()}; '
