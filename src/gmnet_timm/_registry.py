@@ -34,8 +34,8 @@ def register_model(fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     """Register a model entrypoint with timm, unless timm ships a model of that name itself.
 
     Raises:
-        RuntimeError: By the registered entrypoint, for `pretrained=True` without a source of weights, or with one on the
-            Hub that cannot be reached.
+        RuntimeError: By the registered entrypoint, for `pretrained=True` without a source of weights, or with one on
+            the Hub that cannot be reached.
     """
     name = fn.__name__
     if is_model(name) and model_entrypoint(name).__module__.startswith('timm.'):
@@ -69,8 +69,8 @@ def _hub_message(name: str, tag: Any, error: Exception) -> str:
     cfg = get_pretrained_cfg(f'{name}.{tag}' if isinstance(tag, str) and tag else name, allow_unregistered=True)
     where = f' from {cfg.hf_hub_id}' if cfg is not None and cfg.hf_hub_id else ''
     return (
-        f'The weights of {name} could not be loaded{where}: there is no such repository, it does not show itself to this '
-        f'token, or the network is missing and the cache does not have them. {" ".join(str(error).split())}'
+        f'The weights of {name} could not be loaded{where}: there is no such repository, it is not open to this token, '
+        f'or the network is missing and the cache does not have them. {" ".join(str(error).split())}'
     )
 
 

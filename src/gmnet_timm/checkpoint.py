@@ -54,9 +54,9 @@ class Architecture:
         size = name.split('.')[0]
         if size not in REGISTERED_SIZES:
             raise CheckpointError(f'{name} is no GmNet. Models: {", ".join(REGISTERED_SIZES)}.')
-        fields = {field.name for field in dataclasses.fields(cls)}
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in args.items() if key in fields}
-        return dataclasses.replace(_registered(size), **values)
+        names = {field.name for field in dataclasses.fields(cls)}
+        values = {key: tuple(value) if isinstance(value, list) else value for key, value in args.items()}
+        return dataclasses.replace(_registered(size), **{key: values[key] for key in values if key in names})
 
     @property
     def model_name(self) -> Optional[str]:

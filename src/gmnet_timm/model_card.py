@@ -89,9 +89,10 @@ def _facts(source: Source) -> str:
             f'{config["interpolation"]} resize, {config["crop_mode"]} crop of {config["crop_pct"]}, '
             f'mean {_numbers(config["mean"])}, std {_numbers(config["std"])}'
         ),
-        'Weights': 'averaged (EMA)' if source.use_ema else 'as trained, not averaged',
         'Configuration': _certainty(source),
     }
+    if source.use_ema:
+        rows['Weights'] = 'averaged over training (EMA)'
     return _table(('', ''), rows)
 
 
