@@ -6,8 +6,8 @@ import json
 import os
 import pickle
 import random
-import struct
 import re
+import struct
 import tarfile
 import time
 import zipfile

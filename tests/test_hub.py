@@ -154,7 +154,11 @@ def test_averaged_weights(run, tmp_path):
     assert '40.25' in (tmp_path / 'ema' / 'README.md').read_text()
     plain, ema = (load_file(tmp_path / name / 'model.safetensors') for name in ('plain', 'ema'))
     assert torch.equal(plain['head.weight'] * 0.5, ema['head.weight'])
-    refused(run('save', make_run(tmp_path / 'run2'), tmp_path / 'x', '--use-ema'), 'averaged')
+    plain_run = make_run(tmp_path / 'run2')
+    refused(run('save', plain_run, tmp_path / 'x', '--use-ema'), 'averaged')
+    for damage in ('- 1\n', 'a: [', '\x00'):
+        (plain_run / 'args.yaml').write_text(damage)
+        refused(run('save', plain_run, tmp_path / 'x'), 'args.yaml')
 
 
 def test_metrics_of_validate_and_flags(run, tmp_path, checkpoint):
@@ -178,6 +182,9 @@ def test_class_names(run, tmp_path, checkpoint, names):
     names.write_text('cat\ncat\nowl\n')
     refused(run('save', checkpoint, tmp_path / 'b', '--classes', names), 'twice: cat')
     refused(run('save', checkpoint, tmp_path / 'b', '--classes', tmp_path / 'nowhere'), 'nowhere')
+    refused(run('save', checkpoint, tmp_path / 'b', '--classes', checkpoint), 'as text')
+    (tmp_path / 'empty').mkdir()
+    refused(run('save', checkpoint, tmp_path / 'b', '--classes', tmp_path / 'empty'), 'No class names')
     torch.save(tiny_model(num_classes=1000).state_dict(), checkpoint)
     _, _, err = run('save', checkpoint, tmp_path / 'c')
     labels = json.loads((tmp_path / 'c' / 'config.json').read_text())['label_names']
@@ -186,7 +193,8 @@ def test_class_names(run, tmp_path, checkpoint, names):
 
 def test_local_dir_folder_keeps_its_card(run, tmp_path, checkpoint, names):
     """Saving what was saved loses nothing, and refuses a configuration of other tensors."""
-    succeed(run('save', checkpoint, tmp_path / 'a', '--classes', names, '--top1', 50, '--img-size', 96))
+    succeed(run(
+        'save', checkpoint, tmp_path / 'a', '--classes', names, '--top1', 50, '--img-size', 96, '--license', 'mit'))
     succeed(run('save', f'local-dir:{tmp_path / "a"}', tmp_path / 'b'))
     for name in FILES:
         assert (tmp_path / 'a' / name).read_bytes() == (tmp_path / 'b' / name).read_bytes()

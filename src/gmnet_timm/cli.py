@@ -1,7 +1,7 @@
 """The `gmnet-timm` command: one thin sub-command a capability.
 
-Each `_add_<command>` declares the arguments and the function that runs it. Capabilities are imported by the function, so
-that `--help` stays fast and a missing extra only concerns the command that needs it.
+Each `_add_<command>` declares the arguments and the function that runs it. Capabilities are imported by the function,
+so that `--help` stays fast and a missing extra only concerns the command that needs it.
 """
 import argparse
 import sys
@@ -146,7 +146,7 @@ def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--top5', type=float, help='measured top-5 accuracy in percent')
     parser.add_argument('--results', metavar='CSV', help="results file of timm's validate.py for these weights")
     parser.add_argument('--dataset', action='append', default=[], metavar='ID', help='training data, an id on the Hub')
-    parser.add_argument('--license', default='apache-2.0', help='licence of the weights (default: %(default)s)')
+    parser.add_argument('--license', help='licence of the weights (default: that of the source, else apache-2.0)')
     parser.add_argument('--overwrite-card', action='store_true', help='write a new model card even where there is one')
 
 
@@ -167,6 +167,8 @@ def _source(args: argparse.Namespace):
     )
     for note in source.notes:
         print(f'note: {note}', file=sys.stderr)
+    if source.card is not None and not args.overwrite_card:
+        print('note: The card beside the weights is used as it is (--overwrite-card writes a new one).', file=sys.stderr)
     return source
 
 

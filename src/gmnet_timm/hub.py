@@ -65,7 +65,7 @@ def save_folder(
         source: Source,
         folder: Union[str, Path],
         repo_id: Optional[str] = None,
-        license: str = 'apache-2.0',
+        license: Optional[str] = None,
         datasets: Sequence[str] = (),
         force: bool = False,
         overwrite_card: bool = False,
@@ -76,7 +76,7 @@ def save_folder(
         source: What to write.
         folder: Folder to create.
         repo_id: `owner/name` that the card's examples load, the folder itself if None.
-        license: Licence of the weights.
+        license: Licence of the weights, an identifier of the Hub. By default that of the source, else apache-2.0.
         datasets: Identifiers on the Hub of the training data.
         force: Replace these files in a folder that exists.
         overwrite_card: Write a new card even if the source or the folder has one.
@@ -84,7 +84,7 @@ def save_folder(
     Raises:
         UserError: The folder exists and `force` is not set, or what was written does not load to the same model.
     """
-    folder = Path(folder)
+    folder, license = Path(folder), license or source.license or 'apache-2.0'
     if folder.exists() and not force:
         raise UserError(f'{folder} exists: choose another name, or give --force to replace the files in it.')
     model_id = f'hf-hub:{repo_id}' if repo_id else f'local-dir:{folder}'
@@ -107,7 +107,7 @@ def save_folder(
 def push(
         source: Source,
         repo_id: str,
-        license: str = 'apache-2.0',
+        license: Optional[str] = None,
         datasets: Sequence[str] = (),
         overwrite_card: bool = False,
         private: Optional[bool] = None,
@@ -121,7 +121,7 @@ def push(
     Args:
         source: What to publish.
         repo_id: `owner/name`, or `name` for the owner of the token. It is created if it does not exist.
-        license: Licence of the weights.
+        license: Licence of the weights, an identifier of the Hub. By default that of the source, else apache-2.0.
         datasets: Identifiers on the Hub of the training data.
         overwrite_card: Replace a card that the repository has already.
         private: Make a new repository private.

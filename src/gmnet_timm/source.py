@@ -52,6 +52,7 @@ class Source:
     recipe: Dict[str, Any]  # arguments of timm's train.py, empty if unknown
     use_ema: bool
     notes: List[str]  # what was assumed or left out, for the user and for the card
+    license: Optional[str] = None  # of weights that came with a config.json
     card: Optional[str] = None  # the README.md that came with the weights
 
     def build(self) -> gmnet.GmNet:
@@ -115,7 +116,8 @@ def read_source(
         recipe=recipe,
         use_ema=use_ema,
         notes=notes,
-        card=_read_card(path),
+        license=config.get('pretrained_cfg', {}).get('license'),
+        card=_read_text(path / CARD_NAME) if (path / CARD_NAME).is_file() else None,
     )
 
 
@@ -134,13 +136,13 @@ def _find_weights(path: Path, checkpoint: Optional[str]) -> Path:
 def _read_config(path: Path, architecture: Architecture) -> Dict[str, Any]:
     """The config.json of a `local-dir:` folder, {} if there is none, checked against the tensors."""
     file = path / CONFIG_NAME
-    if not path.is_dir() or not file.is_file():
+    if not file.is_file():
         return {}
     try:
-        config = json.loads(file.read_text(encoding='utf-8'))
+        config = json.loads(_read_text(file))
         args = {**config.get('model_args', {}), 'num_classes': config['num_classes']}
         described = Architecture.from_config(config['architecture'], args)
-    except (AttributeError, KeyError, OSError, TypeError, ValueError) as e:
+    except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise UserError(f'{file} describes no GmNet. {type(e).__name__}: {e}') from e
     if described != architecture:
         raise UserError(
@@ -149,19 +151,14 @@ def _read_config(path: Path, architecture: Architecture) -> Dict[str, Any]:
     return config
 
 
-def _read_card(path: Path) -> Optional[str]:
-    file = path / CARD_NAME
-    return file.read_text(encoding='utf-8') if path.is_dir() and file.is_file() else None
-
-
 def _read_recipe(path: Path, entries: Dict[str, Any]) -> Dict[str, Any]:
     """Arguments of train.py: from args.yaml of the output folder, else from the checkpoint itself."""
     file = path / 'args.yaml'
-    if not path.is_dir() or not file.is_file():
+    if not file.is_file():
         return dict(getattr(entries.get('args'), '__dict__', {}))
     try:
-        recipe = yaml.safe_load(file.read_text(encoding='utf-8'))
-    except (OSError, ValueError, yaml.YAMLError) as e:
+        recipe = yaml.safe_load(_read_text(file))
+    except yaml.YAMLError as e:
         raise UserError(f'{file} cannot be read: {e}') from e
     if not isinstance(recipe, dict):
         raise UserError(f'{file} holds no arguments of train.py.')
@@ -190,10 +187,13 @@ def _read_classes(classes: str, architecture: Architecture) -> List[str]:
         return _imagenet_labels()
     path = Path(classes)
     if path.is_dir():
-        indices = create_dataset('', root=str(path), split='train').reader.class_to_idx
+        try:
+            indices = create_dataset('', root=str(path), split='train').reader.class_to_idx
+        except RuntimeError as e:
+            raise UserError(f'No class names in {classes}: {e}') from e
         return sorted(indices, key=indices.get)
     if path.is_file():
-        return [line.strip() for line in path.read_text(encoding='utf-8').splitlines() if line.strip()]
+        return [line.strip() for line in _read_text(path).splitlines() if line.strip()]
     raise UserError(f'No class names in {classes}: give a folder of images, a text file or imagenet-1k.')
 
 
@@ -236,7 +236,7 @@ def _collect_metrics(
         if len(rows) != 1:
             raise UserError(f'{results_file} has {len(rows)} results, it has to have the one of these weights.')
         return _metrics(rows[0], f'validate.py ({Path(results_file).name})')
-    if not path.is_dir() or not summary.is_file():
+    if not summary.is_file():
         return []
     if bool(recipe.get('model_ema')) != use_ema:  # train.py evaluates the average as soon as there is one
         notes.append('The accuracies in summary.csv are of the averaged (EMA) weights, not of these.')
@@ -250,12 +250,18 @@ def _collect_metrics(
     return _metrics(row, f'train.py (summary.csv, epoch {rows[-1]["epoch"]})')
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding='utf-8')
+    except (OSError, ValueError) as e:
+        raise UserError(f'{path} cannot be read as text: {e}') from e
+
+
 def _read_csv(path: Path) -> List[Dict[str, str]]:
     try:
-        with path.open(encoding='utf-8', newline='') as file:
-            return list(csv.DictReader(file))
-    except (OSError, ValueError, csv.Error) as e:
-        raise UserError(f'{path} cannot be read: {e}') from e
+        return list(csv.DictReader(_read_text(path).splitlines()))
+    except csv.Error as e:
+        raise UserError(f'{path} cannot be read as CSV: {e}') from e
 
 
 def _metrics(values: Dict[str, Any], source: str) -> List[Metric]:
