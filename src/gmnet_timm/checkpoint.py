@@ -55,7 +55,7 @@ class Architecture:
         if size not in REGISTERED_SIZES:
             raise CheckpointError(f'{name} is no GmNet. Models: {", ".join(REGISTERED_SIZES)}.')
         names = {field.name for field in dataclasses.fields(cls)}
-        values = {key: tuple(value) if isinstance(value, list) else value for key, value in args.items()}
+        values: Dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in args.items()}
         return dataclasses.replace(_registered(size), **{key: values[key] for key in values if key in names})
 
     @property

@@ -168,7 +168,7 @@ def _source(args: argparse.Namespace):
     for note in source.notes:
         print(f'note: {note}', file=sys.stderr)
     if source.card is not None and not args.overwrite_card:
-        print('note: The card beside the weights is used as it is (--overwrite-card writes a new one).', file=sys.stderr)
+        print('note: The card beside the weights is kept (--overwrite-card writes a new one).', file=sys.stderr)
     return source
 
 

@@ -29,7 +29,7 @@ __all__ = ['Check', 'Published', 'push', 'save_folder', 'verify']
 
 # What huggingface_hub raises when a request fails, whichever HTTP library it uses: they share these ancestors.
 # It wraps failed uploads in RuntimeError, and takes broken answers for ValueError.
-_REQUEST_ERRORS = (OSError, RuntimeError, ValueError, KeyError, *HfHubHTTPError.__bases__)
+_REQUEST_ERRORS: Tuple[Any, ...] = (OSError, RuntimeError, ValueError, KeyError, *HfHubHTTPError.__bases__)
 
 _ADVICE = {
     401: 'Log in with `hf auth login`, or give a token with --token or HF_TOKEN.',
@@ -189,12 +189,13 @@ def verify(name: str, token: Optional[str] = None) -> List[Check]:
 
 def _write_files(source: Source, folder: Path, card: str, license: str) -> None:
     model, architecture = source.build(), source.architecture
-    model.pretrained_cfg = {**model.pretrained_cfg, **source.data_config, 'license': license, 'pool_size': None}
-    model.pretrained_cfg.pop('tag', None)  # it names the training data of the published models
+    cfg: Dict[str, Any] = {**vars(model)['pretrained_cfg'], **source.data_config, 'license': license, 'pool_size': None}
+    cfg.pop('tag', None)  # it names the training data of the published models
+    model.pretrained_cfg = cfg  # type: ignore[assignment]
     save_weights(model.state_dict(), folder / WEIGHTS_NAME)
     save_config_for_hf(
         model,
-        folder / CONFIG_NAME,
+        folder / CONFIG_NAME,  # type: ignore[arg-type]  # timm 1.0.29 says str and needs a Path
         model_config={'label_names': source.label_names, 'global_pool': architecture.global_pool},
     )
     config = json.loads((folder / CONFIG_NAME).read_text(encoding='utf-8'))
@@ -224,7 +225,7 @@ def _check_logits(source: Source, folder: Path) -> None:
 @torch.no_grad()
 def _logits(model: torch.nn.Module) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    return model(torch.randn(2, model.in_chans, 64, 64, generator=generator))
+    return model(torch.randn(2, int(model.in_chans), 64, 64, generator=generator))  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager
@@ -248,11 +249,12 @@ def _explaining(what: str) -> Iterator[None]:
         causes: List[BaseException] = [e]  # huggingface_hub wraps failures, and then advises to check the connection
         while causes[-1].__cause__ is not None:
             causes.append(causes[-1].__cause__)
-        answered = [cause for cause in causes if getattr(cause, 'response', None) is not None]
-        cause = answered[0] if answered else causes[-1]
-        status = answered[0].response.status_code if answered else None
+        answers = [(cause, response) for cause in causes if (response := getattr(cause, 'response', None)) is not None]
+        cause, response = answers[0] if answers else (causes[-1], None)
         reason = ' '.join(str(cause).split('For more information')[0].split()).rstrip('.')
-        advice = _ADVICE.get(status, 'Is the network there?' if status is None else 'The server has a problem.')
+        advice = 'Is the network there?'
+        if response is not None:
+            advice = _ADVICE.get(response.status_code, 'The server has a problem.')
         raise UserError(f'{what}. {type(cause).__name__}: {reason}. {advice}') from e
 
 
@@ -261,6 +263,7 @@ def _info(api: HfApi, repo_id: str, revision: Optional[str]) -> ModelInfo:
     try:
         return api.model_info(repo_id, revision=revision)
     except RevisionNotFoundError:
+        assert revision is not None  # every repository has a main branch
         api.create_branch(repo_id, branch=revision, exist_ok=True)
         return api.model_info(repo_id, revision=revision)
 

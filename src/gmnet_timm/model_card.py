@@ -1,5 +1,5 @@
 """The model card of a published repository: only what is known, and where it is known from."""
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Sequence
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -177,7 +177,7 @@ def _eval_result(metric: Metric, source: Source, datasets: Sequence[str]) -> Eva
     )
 
 
-def _dataset(recipe: Dict[str, Any], datasets: Sequence[str]) -> Dict[str, Optional[str]]:
+def _dataset(recipe: Dict[str, Any], datasets: Sequence[str]) -> Dict[str, Any]:
     """What was evaluated on: as stated, else as train.py was told, else unknown."""
     kind, _, name = str(recipe.get('dataset') or '').rpartition('/')
     split = recipe.get('val_split')

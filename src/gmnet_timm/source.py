@@ -200,9 +200,9 @@ def _read_classes(classes: str, architecture: Architecture) -> List[str]:
 def _imagenet_labels() -> List[str]:
     """timm's descriptions of the ImageNet-1k classes; the two pairs that share one also get their synset."""
     info = ImageNetInfo('imagenet-1k')
-    descriptions = info.label_descriptions(as_dict=True)
-    texts = list(descriptions.values())
-    return [text if texts.count(text) == 1 else f'{text} ({name})' for name, text in descriptions.items()]
+    names = info.label_names()
+    texts = [info.label_name_to_description(name) for name in names]
+    return [text if texts.count(text) == 1 else f'{text} ({names[i]})' for i, text in enumerate(texts)]
 
 
 def _check_labels(label_names: Optional[List[str]], architecture: Architecture) -> Optional[List[str]]:
