@@ -79,7 +79,7 @@ def _description(source: Source) -> str:
 
 
 def _facts(source: Source) -> str:
-    model, config = source.build(), source.data_config
+    model, config = source.architecture.build(device='meta'), source.data_config
     params = sum(parameter.numel() for parameter in model.parameters())
     rows = {
         'Parameters': f'{params:,}',
