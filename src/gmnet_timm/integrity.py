@@ -59,7 +59,7 @@ def check_container(path: Path) -> None:
     Raises:
         DamageError: A zip file whose checksums or sizes are wrong, or a format that torch reads unsafely.
     """
-    if tarfile.is_tarfile(path):  # torch before 2.6 runs the pickles in these even with weights_only=True
+    if tarfile.is_tarfile(path):  # with weights_only=True, torch 2.5 still unpacks these, which later ones refuse
         raise DamageError('It is a tar file, a format of torch 0.1 that is not read here')
     if not zipfile.is_zipfile(path):
         with path.open('rb') as file:
