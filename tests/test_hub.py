@@ -112,7 +112,8 @@ def make_run(folder: Path, ema: bool = False, **args) -> Path:
     """The output folder of a run of train.py, as that writes it."""
     folder.mkdir()
     args = {'model': 'gmnet_s1', 'epochs': 3, 'opt': 'adamw', 'lr': 0.003, 'img_size': 96, 'crop_pct': 0.9,
-            'mean': None, 'std': None, 'interpolation': '', 'data_dir': '/secret/place', 'model_ema': ema, **args}
+            'mean': None, 'std': None, 'interpolation': '', 'data_dir': '/secret/place', 'model_ema': ema,
+            'amp': False, 'amp_dtype': 'float16', 'lr_base': 0.1, 'aa': 'rand-m1', 'color_jitter': 0.0, **args}
     (folder / 'args.yaml').write_text(yaml.safe_dump(args))
     with (folder / 'summary.csv').open('w', newline='') as file:
         writer = csv.DictWriter(file, ['epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr'])
@@ -140,7 +141,8 @@ def test_run_folder(run, tmp_path, names):
     (result,) = [r for r in card.data.eval_results if 'Top-1' in r.metric_name]
     assert (result.metric_value, result.dataset_name) == (40.25, 'owner/pets')
     assert 'summary.csv, epoch 1' in result.metric_args['source']
-    assert 'adamw' in card.text and 'secret' not in str(card)
+    assert 'adamw' in card.text and '| color_jitter | `0.0` |' in card.text and 'secret' not in str(card)
+    assert 'amp_dtype' not in card.text and 'lr_base' not in card.text  # they had no effect
     succeed(run('save', folder, tmp_path / 'last', '--checkpoint', 'last.pth.tar', '--classes', names))
     assert '30.125' in (tmp_path / 'last' / 'README.md').read_text()
 

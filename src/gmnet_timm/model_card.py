@@ -27,6 +27,14 @@ _RECIPE = (
     'drop', 'drop_path', 'train_interpolation', 'amp', 'amp_dtype', 'seed',
 )
 
+# Arguments that have a default but no effect unless one of the others is set.
+_EFFECTIVE_WITH = {
+    'amp_dtype': ('amp',),
+    'remode': ('reprob',),
+    'model_ema_decay': ('model_ema',),
+    'mixup_switch_prob': ('mixup', 'cutmix'),
+}
+
 
 def model_card(
         source: Source,
@@ -149,10 +157,19 @@ def _evaluation(source: Source, datasets: Sequence[str]) -> str:
 
 def _training(source: Source, datasets: Sequence[str]) -> str:
     trained_on = f'Trained on {", ".join(datasets)}.' if datasets else 'The training data are not stated.'
-    recipe = {key: f'`{source.recipe[key]}`' for key in _RECIPE if source.recipe.get(key) not in (None, '', [], False)}
+    recipe = {key: f'`{source.recipe[key]}`' for key in _RECIPE if _is_effective(key, source.recipe)}
     if not recipe:
         return f'{trained_on} The recipe is not recorded with the weights.'
     return f"{trained_on} With timm's train.py and these arguments:\n\n" + _table(('argument', 'value'), recipe)
+
+
+def _is_effective(key: str, recipe: Dict[str, Any]) -> bool:
+    value = recipe.get(key)
+    if value is None or value is False or value in ('', []):  # but 0 may differ from a default
+        return False
+    if key in ('lr_base', 'lr_base_size'):
+        return not recipe.get('lr')  # which makes train.py ignore them
+    return key not in _EFFECTIVE_WITH or any(recipe.get(other) for other in _EFFECTIVE_WITH[key])
 
 
 def _limits(source: Source) -> str:
