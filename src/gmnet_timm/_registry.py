@@ -10,7 +10,7 @@ import warnings
 from typing import Any, Callable, Dict
 
 from timm.models import generate_default_cfgs as _generate_default_cfgs
-from timm.models import is_model, model_entrypoint
+from timm.models import get_pretrained_cfg, is_model, model_entrypoint
 from timm.models import register_model as _register_model
 from torch import nn
 
@@ -33,7 +33,8 @@ def register_model(fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     """Register a model entrypoint with timm, unless timm ships a model of that name itself.
 
     Raises:
-        RuntimeError: By the registered entrypoint, for `pretrained=True` without a source of weights.
+        RuntimeError: By the registered entrypoint, for `pretrained=True` without a source of weights, or with one on
+            the Hub that cannot be reached.
     """
     name = fn.__name__
     if is_model(name) and model_entrypoint(name).__module__.startswith('timm.'):
@@ -48,6 +49,10 @@ def register_model(fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
             if pretrained and 'No pretrained weights exist' in str(e):
                 raise RuntimeError(_no_weights_message(name)) from None
             raise
+        except OSError as e:
+            if pretrained and type(e).__module__.startswith('huggingface_hub.'):
+                raise RuntimeError(_hub_message(name, kwargs.get('pretrained_cfg'), e)) from e
+            raise
 
     return _register_model(entrypoint)
 
@@ -60,6 +65,15 @@ def _warn_of_timm_models(name: str) -> None:
             stacklevel=3,
         )
         _warned_of_timm_models = True
+
+
+def _hub_message(name: str, tag: Any, error: Exception) -> str:
+    cfg = get_pretrained_cfg(f'{name}.{tag}' if isinstance(tag, str) and tag else name, allow_unregistered=True)
+    where = f' from {cfg.hf_hub_id}' if cfg is not None and cfg.hf_hub_id else ''
+    return (
+        f'The weights of {name} could not be loaded{where}: there is no such repository, it is not open to this token, '
+        f'or the network is missing and the cache does not have them. {" ".join(str(error).split())}'
+    )
 
 
 def _no_weights_message(name: str) -> str:

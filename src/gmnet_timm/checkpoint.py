@@ -3,9 +3,11 @@
 What a checkpoint holds is worked out from the shapes of its tensors, never from its name: three of the four published
 sizes are reconstructions, and files get renamed.
 """
+import argparse
 import dataclasses
 import functools
 import re
+import zipfile
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
 
@@ -14,12 +16,16 @@ from timm.models import load_state_dict
 
 from . import gmnet
 from .errors import UserError
+from .integrity import DamageError, _listed, check_container, check_values, recorded_sha256, weights_sha256
 
-__all__ = ['Architecture', 'CheckpointError', 'infer_architecture', 'load_model', 'read_state_dict']
+__all__ = [
+    'Architecture', 'CheckpointError', 'infer_architecture', 'load_model', 'read_checkpoint_entries', 'read_state_dict',
+    'require_ema',
+]
 
 REGISTERED_SIZES = ('gmnet_s1', 'gmnet_s2', 'gmnet_s3', 'gmnet_s4')
 
-_MAX_LISTED = 5  # keys named in an error
+_TENSORS_PER_BLOCK = 19
 
 
 class CheckpointError(UserError, ValueError):
@@ -41,6 +47,20 @@ class Architecture:
     num_classes: int
     global_pool: str
     gate: str = 'identity'
+
+    @classmethod
+    def from_config(cls, name: str, args: Dict[str, Any]) -> 'Architecture':
+        """What `timm.create_model(name, **args)` would build, without building it, as a config may ask for much.
+
+        Raises:
+            CheckpointError: `name` is no model of this package.
+        """
+        size = name.split('.')[0]
+        if size not in REGISTERED_SIZES:
+            raise CheckpointError(f'{name} is no GmNet. Models: {", ".join(REGISTERED_SIZES)}.')
+        names = {field.name for field in dataclasses.fields(cls)}
+        values: Dict[str, Any] = {k: tuple(value) if isinstance(value, list) else value for k, value in args.items()}
+        return dataclasses.replace(_registered(size), **{key: values[key] for key in values if key in names})
 
     @property
     def model_name(self) -> Optional[str]:
@@ -101,12 +121,14 @@ def read_state_dict(path: Union[str, Path], use_ema: bool = True) -> Dict[str, t
         Tensors by parameter name, on the CPU.
 
     Raises:
-        CheckpointError: The file is missing, damaged, holds something else, or is a pickle that needs code to run.
+        CheckpointError: The file is missing, damaged as far as that can be known (checksums, a recorded hash, values
+            that are not finite), holds something else, or is a pickle that needs code to run.
     """
     path = Path(path)
     if not path.is_file():
         raise CheckpointError(f'No checkpoint at {path}: give the path of a file.')
     try:
+        check_container(path)
         state_dict = load_state_dict(str(path), use_ema=use_ema, device='cpu', weights_only=True)
     except Exception as e:  # a damaged file can make the unpickler and the zip reader raise almost anything
         raise CheckpointError(f'{path} cannot be read as a checkpoint. {_reason(e)}') from e
@@ -115,7 +137,40 @@ def read_state_dict(path: Union[str, Path], use_ema: bool = True) -> Dict[str, t
     strangers = [key for key, value in state_dict.items() if not isinstance(value, torch.Tensor)]
     if strangers:
         raise CheckpointError(f'{path} holds no state dict: {_listed(strangers)} are no tensors.')
+    try:
+        check_values(state_dict, path.stat().st_size)
+    except DamageError as e:
+        raise CheckpointError(f'{path} holds no usable weights. {e}.') from e
+    recorded = recorded_sha256(path)
+    if recorded is not None and recorded != weights_sha256(state_dict):
+        raise CheckpointError(f'{path} is damaged: its weights do not have the SHA-256 that it records.')
     return state_dict
+
+
+def read_checkpoint_entries(path: Union[str, Path]) -> Dict[str, Any]:
+    """What train.py saved beside the weights (`epoch`, `args`, `state_dict_ema`, …), without running any code.
+
+    Args:
+        path: Checkpoint file, one that `read_state_dict` accepts.
+
+    Returns:
+        Entries by name, their tensors left on disk where the format allows. None for safetensors and bare state dicts.
+    """
+    if str(path).endswith('.safetensors'):
+        return {}
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        entries = torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
+    return {key: value for key, value in entries.items() if not isinstance(value, torch.Tensor)}
+
+
+def require_ema(path: Union[str, Path]) -> None:
+    """Check that a file has averaged weights, where `use_ema` alone would fall back to the others.
+
+    Raises:
+        CheckpointError: It has none.
+    """
+    if not any(key in read_checkpoint_entries(path) for key in ('state_dict_ema', 'model_ema')):
+        raise CheckpointError(f'{path} has no averaged (EMA) weights.')
 
 
 def infer_architecture(state_dict: Dict[str, torch.Tensor], verify: bool = True) -> Architecture:
@@ -139,7 +194,7 @@ def infer_architecture(state_dict: Dict[str, torch.Tensor], verify: bool = True)
     if min(depths) < 1:
         raise CheckpointError(f'This is not a GmNet: its stages have {depths} blocks.')
     hidden = [_conv_shape(shapes, f'stages.{i}.1.f1.conv.weight')[0] for i in range(len(dims))]
-    head = shapes.get('head.weight', (0, dims[-1]))
+    head = shapes.get('head.weight') or (0, dims[-1])  # () is no shape of a head either
     architecture = Architecture(
         width=dims[0],
         depths=depths,
@@ -202,11 +257,12 @@ def _gate(shapes: Dict[str, Tuple[int, ...]]) -> str:
 def _count(shapes: Dict[str, Tuple[int, ...]], pattern: str) -> int:
     """One more than the largest number that `pattern` captures at the start of a key, 0 without any."""
     matches = (re.match(pattern, key) for key in shapes)
-    return max((int(match.group(1)) + 1 for match in matches if match), default=0)
+    numbers = (match.group(1) for match in matches if match)
+    return max((int(number) + 1 for number in numbers if len(number) < 7), default=0)  # longer ones are no indices
 
 
 def _verify_shapes(shapes: Dict[str, Tuple[int, ...]], architecture: Architecture) -> None:
-    if max(len(architecture.depths), sum(architecture.depths)) > len(shapes):
+    if sum(architecture.depths) * _TENSORS_PER_BLOCK > len(shapes):  # or this would build whatever a name pretends
         raise CheckpointError(f'This is not a GmNet: tensors of its {architecture.depths} blocks are missing.')
     model = architecture.build(device='meta')
     expected = {key: tuple(value.shape) for key, value in model.state_dict().items()}
@@ -229,9 +285,6 @@ def _reason(error: Exception) -> str:
         blocked = re.search(r'Unsupported globals: (.*?)\. No automatic', text)  # timm's message, where it knows them
         names = f' It asks for {blocked.group(1)[:200]}.' if blocked else ''
         return f'It is in another format, or a pickle that would run code, which is refused.{names}'
+    if isinstance(error, DamageError):
+        return f'{error}.'
     return f'It is damaged or in another format ({type(error).__name__}: {text.split(". ")[0][:200]}).'
-
-
-def _listed(keys: List[str]) -> str:
-    more = f' and {len(keys) - _MAX_LISTED} more' if len(keys) > _MAX_LISTED else ''
-    return ', '.join(keys[:_MAX_LISTED]) + more

@@ -38,6 +38,10 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_info(commands)
     _add_freq(commands)
+    _add_save(commands)
+    _add_push(commands)
+    _add_verify(commands)
+    _add_convert(commands)
     return parser
 
 
@@ -111,3 +115,147 @@ def _add_freq(commands) -> None:
         description='Band accuracies, learning curves, pictures and layer spectra, for any model of timm.',
     )
     add_commands(parser.add_subparsers(metavar='command', required=True))
+
+
+def _add_save(commands) -> None:
+    parser = commands.add_parser(
+        'save', help='write a folder that timm and transformers load, with a model card', description=_run_save.__doc__)
+    _add_source_arguments(parser)
+    parser.add_argument('folder', help='folder to write, loaded as local-dir:FOLDER')
+    parser.add_argument(
+        '--repo-id', metavar='OWNER/NAME', help="repository that the card's examples load (default: FOLDER)")
+    parser.add_argument('--force', action='store_true', help='replace the files in an existing folder')
+    parser.set_defaults(run=_run_save)
+
+
+def _run_save(args: argparse.Namespace) -> None:
+    """Write model.safetensors, config.json and README.md, and check that timm loads them to identical logits."""
+    from gmnet_timm.hub import save_folder
+
+    folder = save_folder(
+        _source(args), args.folder, repo_id=args.repo_id, license=args.license, datasets=args.dataset, force=args.force,
+        overwrite_card=args.overwrite_card)
+    print(f'{folder}: written, loads with timm.create_model(\'local-dir:{folder}\', pretrained=True), identical logits')
+
+
+def _add_push(commands) -> None:
+    parser = commands.add_parser(
+        'push', help='publish a checkpoint on the Hugging Face Hub, verified', description=_run_push.__doc__)
+    _add_source_arguments(parser)
+    parser.add_argument('repo_id', metavar='owner/name', help='repository, created if it does not exist')
+    parser.add_argument('--dry-run', action='store_true', help='send nothing, write what would be sent to a folder')
+    parser.add_argument('--folder', help='folder for --dry-run (default: the name of the repository)')
+    parser.add_argument('--create-pr', action='store_true', help='open a pull request instead of committing')
+    parser.add_argument('--private', action='store_true', default=None, help='make a new repository private')
+    parser.add_argument('--revision', help='branch to commit to, created if it does not exist (default: main)')
+    parser.add_argument('--message', help='summary of the commit')
+    parser.add_argument('--token', help='access token (default: HF_TOKEN, or that of `hf auth login`)')
+    parser.set_defaults(run=_run_push)
+
+
+def _run_push(args: argparse.Namespace) -> None:
+    """Publish weights, configuration and model card as one commit, and read the commit back."""
+    from gmnet_timm.hub import push, save_folder
+
+    if args.dry_run:
+        if '/' not in args.repo_id:
+            raise UserError(f'--dry-run does not ask the Hub who you are: give owner/{args.repo_id}.')
+        folder = save_folder(
+            _source(args), args.folder or args.repo_id.split('/')[-1], repo_id=args.repo_id, license=args.license,
+            datasets=args.dataset, overwrite_card=args.overwrite_card)
+        print(f'{folder}: what would be sent to {args.repo_id}; nothing was sent')
+        return
+    published = push(
+        _source(args), args.repo_id, license=args.license, datasets=args.dataset, overwrite_card=args.overwrite_card,
+        private=args.private, revision=args.revision, create_pr=args.create_pr, message=args.message, token=args.token)
+    for name, sha256 in published.sha256.items():
+        print(f'{name:<18} sha256 {sha256}')
+    if published.card_kept:
+        print('README.md          kept as it was (--overwrite-card replaces it)')
+    print(f'{published.repo_id} at {published.commit}: published, read back and compared\n{published.url}')
+
+
+def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('source', help='checkpoint file, output folder of train.py, or folder for local-dir:')
+    parser.add_argument(
+        '--checkpoint', metavar='NAME', help='file of an output folder (default: model_best.pth.tar, last.pth.tar)')
+    parser.add_argument('--use-ema', action='store_true', help='take the averaged weights')
+    parser.add_argument('--classes', help='class names: a folder of images, a text file, or imagenet-1k')
+    parser.add_argument('--img-size', type=int, help='preprocessing: height and width in pixels')
+    parser.add_argument('--crop-pct', type=float, help='preprocessing: centre crop, as part of the resized image')
+    parser.add_argument('--interpolation', help='preprocessing: bicubic, bilinear, …')
+    parser.add_argument('--mean', type=float, nargs='+', help='preprocessing: mean of the channels')
+    parser.add_argument('--std', type=float, nargs='+', help='preprocessing: standard deviation of the channels')
+    parser.add_argument('--top1', type=float, help='measured top-1 accuracy in percent (default: that of summary.csv)')
+    parser.add_argument('--top5', type=float, help='measured top-5 accuracy in percent')
+    parser.add_argument('--results', metavar='CSV', help="results file of timm's validate.py for these weights")
+    parser.add_argument('--dataset', action='append', default=[], metavar='ID', help='training data, an id on the Hub')
+    parser.add_argument('--license', help='licence of the weights (default: that of the source, else apache-2.0)')
+    parser.add_argument('--overwrite-card', action='store_true', help='write a new model card even where there is one')
+
+
+def _source(args: argparse.Namespace):
+    """Read what the arguments of `_add_source_arguments` name, and print what had to be assumed."""
+    from gmnet_timm.source import read_source
+
+    preprocessing = {name: getattr(args, name) for name in ('img_size', 'crop_pct', 'interpolation', 'mean', 'std')}
+    metrics = {name: getattr(args, name) for name in ('top1', 'top5')}
+    source = read_source(
+        args.source,
+        checkpoint=args.checkpoint,
+        use_ema=args.use_ema,
+        classes=args.classes,
+        preprocessing={name: value for name, value in preprocessing.items() if value is not None},
+        metrics={name: value for name, value in metrics.items() if value is not None},
+        results_file=args.results,
+    )
+    for note in source.notes:
+        print(f'note: {note}', file=sys.stderr)
+    if source.card is not None and not args.overwrite_card:
+        print('note: The card beside the weights is kept (--overwrite-card writes a new one).', file=sys.stderr)
+    return source
+
+
+def _add_verify(commands) -> None:
+    parser = commands.add_parser(
+        'verify', help='check a published repository or a folder', description=_run_verify.__doc__)
+    parser.add_argument('name', help='owner/name[@revision] on the Hub, or a folder')
+    parser.add_argument('--token', help='access token (default: HF_TOKEN, or that of `hf auth login`)')
+    parser.set_defaults(run=_run_verify)
+
+
+def _run_verify(args: argparse.Namespace) -> int:
+    """Check weights, configuration, card and logits. The exit status is 1 if a check fails."""
+    from gmnet_timm.hub import verify
+
+    checks = verify(args.name, token=args.token)
+    for check in checks:
+        print(f'{ {True: "ok", False: "FAILED", None: "note"}[check.ok]:<7} {check.name + ":":<10} {check.detail}')
+    return int(any(check.ok is False for check in checks))
+
+
+def _add_convert(commands) -> None:
+    parser = commands.add_parser(
+        'convert', help='write weights in another format or precision', description=_run_convert.__doc__)
+    parser.add_argument('source', help='checkpoint file')
+    parser.add_argument('target', help='file to write: .safetensors, .pth (bare weights) or .pth.tar (as by train.py)')
+    parser.add_argument('--dtype', choices=('float32', 'float16', 'bfloat16'), help='precision (default: unchanged)')
+    parser.add_argument('--use-ema', action='store_true', help='take the averaged weights')
+    parser.add_argument('--force', action='store_true', help='replace an existing file')
+    parser.set_defaults(run=_run_convert)
+
+
+def _run_convert(args: argparse.Namespace) -> None:
+    """Write the weights of a checkpoint to another file. Optimizer state and the like are left behind."""
+    import torch
+
+    from gmnet_timm.convert import convert
+    from gmnet_timm.integrity import protection, weights_sha256
+
+    dtype = getattr(torch, args.dtype) if args.dtype else None
+    state_dict = convert(args.source, args.target, dtype=dtype, use_ema=args.use_ema, force=args.force)
+    checked = protection(args.source)
+    print(
+        f'{args.target}: {len(state_dict)} tensors from {args.source}, '
+        f'{f"checked against its {checked}" if checked else "which has no checksum, so a flipped bit goes unnoticed"}')
+    print(f'weights sha256 {weights_sha256(state_dict)}')

@@ -1,0 +1,620 @@
+"""Publishing, with the real huggingface_hub against a server on loopback."""
+import csv
+import hashlib
+import json
+import os
+import re
+import shlex
+import struct
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import yaml
+from hub_server import CUT, LOST, READ_TOKEN, TOKEN, HubServer
+from huggingface_hub import ModelCard, constants, file_download
+from safetensors.torch import load_file, save_file
+from timm.utils import reparameterize_model
+
+from gmnet_timm import GmNet
+from gmnet_timm.cli import main
+
+TINY = dict(width=4, depths=(1, 1, 1, 1), expansions=(2, 2, 2, 2), stem_chs=4)
+FILES = {'model.safetensors', 'config.json', 'README.md'}
+LABELS = ['cat', 'dog', 'owl']
+
+
+def tiny_model(**kwargs) -> GmNet:
+    """A model whose every tensor differs from its initial value, so that a tensor left out would show."""
+    torch.manual_seed(0)
+    model = GmNet(**{**TINY, 'num_classes': 3, **kwargs}).eval()
+    for name, value in model.state_dict().items():
+        if name.endswith(('gamma', 'running_var')):
+            value.uniform_(0.5, 1.5)
+        elif value.is_floating_point():
+            value.normal_(0, 0.3)
+        else:
+            value.fill_(7)
+    return model
+
+
+def logits(model, size=64, seed=1):
+    image = torch.randn(2, model.in_chans, size, size, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        return model.eval()(image)
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    path = tmp_path / 'checkpoint.pth'
+    torch.save(tiny_model().state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def names(tmp_path):
+    path = tmp_path / 'names.txt'
+    path.write_text('\n'.join(LABELS) + '\n')
+    return path
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A server, and huggingface_hub in this process talking to it without waiting between its attempts."""
+    with HubServer() as server:
+        monkeypatch.setattr(constants, 'ENDPOINT', server.url)
+        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace('https://huggingface.co', server.url)
+        for module in (constants, file_download):  # before 1.0 the latter had a copy of its own
+            monkeypatch.setattr(module, 'HUGGINGFACE_CO_URL_TEMPLATE', template, raising=False)
+        monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
+        monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True, raising=False)
+        monkeypatch.setenv('HF_TOKEN', TOKEN)
+        from huggingface_hub.utils import _http
+        impatient = types.SimpleNamespace(**{**vars(time), 'sleep': lambda seconds: None})
+        monkeypatch.setattr(_http, 'time', impatient)
+        yield server
+
+
+@pytest.fixture
+def run(capsys):
+    """Run the command line; gives its exit status, stdout and stderr."""
+    def run(*args):
+        status = main([str(arg) for arg in args])
+        return (status, *capsys.readouterr())
+
+    return run
+
+
+def succeed(result):
+    status, out, err = result
+    assert status == 0, err
+    return out
+
+
+def refused(result, *words):
+    status, out, err = result
+    assert status == 1
+    assert 'published' not in out and 'written' not in out
+    for word in words:
+        assert word in err
+    return err
+
+
+# What is read
+
+
+def make_run(folder: Path, ema: bool = False, **args) -> Path:
+    """The output folder of a run of train.py, as that writes it."""
+    folder.mkdir()
+    args = {'model': 'gmnet_s1', 'epochs': 3, 'opt': 'adamw', 'lr': 0.003, 'img_size': 96, 'crop_pct': 0.9,
+            'mean': None, 'std': None, 'interpolation': '', 'data_dir': '/secret/place', 'model_ema': ema,
+            'amp': False, 'amp_dtype': 'float16', 'lr_base': 0.1, 'aa': 'rand-m1', 'color_jitter': 0.0, **args}
+    (folder / 'args.yaml').write_text(yaml.safe_dump(args))
+    with (folder / 'summary.csv').open('w', newline='') as file:
+        writer = csv.DictWriter(file, ['epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr'])
+        writer.writeheader()
+        for epoch, top1 in enumerate((10.5, 40.25, 30.125)):
+            writer.writerow(dict(epoch=epoch, train_loss=1, eval_loss=1, eval_top1=top1, eval_top5=99, lr=0.1))
+    for name, epoch in (('model_best.pth.tar', 1), ('last.pth.tar', 2)):
+        state = {'epoch': epoch, 'arch': 'gmnet_s1', 'state_dict': tiny_model().state_dict(), 'optimizer': {}}
+        if ema:
+            state['state_dict_ema'] = {
+                k: v * 0.5 if v.is_floating_point() else v for k, v in tiny_model().state_dict().items()}
+        torch.save(state, folder / name)
+    return folder
+
+
+def test_run_folder(run, tmp_path, names):
+    """Best checkpoint, preprocessing of args.yaml, accuracy of that epoch, recipe without private paths."""
+    folder = make_run(tmp_path / 'run')
+    succeed(run('save', folder, tmp_path / 'out', '--classes', names, '--dataset', 'owner/pets'))
+    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert config['pretrained_cfg']['input_size'] == [3, 96, 96]
+    assert config['pretrained_cfg']['crop_pct'] == 0.9
+    assert config['label_names'] == LABELS
+    card = ModelCard.load(tmp_path / 'out' / 'README.md')
+    (result,) = [r for r in card.data.eval_results if 'Top-1' in r.metric_name]
+    assert (result.metric_value, result.dataset_name) == (40.25, 'owner/pets')
+    assert 'summary.csv, epoch 1' in result.metric_args['source']
+    assert 'adamw' in card.text and '| color_jitter | `0.0` |' in card.text and 'secret' not in str(card)
+    assert 'amp_dtype' not in card.text and 'lr_base' not in card.text  # they had no effect
+    succeed(run('save', folder, tmp_path / 'last', '--checkpoint', 'last.pth.tar', '--classes', names))
+    assert '30.125' in (tmp_path / 'last' / 'README.md').read_text()
+
+
+def test_averaged_weights(run, tmp_path):
+    """They are taken on request alone, and accuracies that train.py measured on them never describe the others."""
+    folder = make_run(tmp_path / 'run', ema=True)
+    _, _, err = run('save', folder, tmp_path / 'plain')
+    assert 'averaged' in err and 'accuracy' not in (tmp_path / 'plain' / 'README.md').read_text().split('---')[1]
+    succeed(run('save', folder, tmp_path / 'ema', '--use-ema'))
+    assert '40.25' in (tmp_path / 'ema' / 'README.md').read_text()
+    plain, ema = (load_file(tmp_path / name / 'model.safetensors') for name in ('plain', 'ema'))
+    assert torch.equal(plain['head.weight'] * 0.5, ema['head.weight'])
+    plain_run = make_run(tmp_path / 'run2')
+    refused(run('save', plain_run, tmp_path / 'x', '--use-ema'), 'averaged')
+    for damage in ('- 1\n', 'a: [', '\x00'):
+        (plain_run / 'args.yaml').write_text(damage)
+        refused(run('save', plain_run, tmp_path / 'x'), 'args.yaml')
+
+
+def test_metrics_of_validate_and_flags(run, tmp_path, checkpoint):
+    results = tmp_path / 'results.csv'
+    results.write_text('model,top1,top1_err,top5,top5_err\ngmnet_s1,61.5,38.5,88.25,11.75\n')
+    succeed(run('save', checkpoint, tmp_path / 'a', '--results', results))
+    text = (tmp_path / 'a' / 'README.md').read_text()
+    assert '61.5 | validate.py (results.csv)' in text and '88.25 | validate.py' in text
+    succeed(run('save', checkpoint, tmp_path / 'b', '--top1', 55))
+    assert '55 | given on the command line' in (tmp_path / 'b' / 'README.md').read_text()
+    refused(run('save', checkpoint, tmp_path / 'c', '--top1', 155), 'percentage')
+
+
+def test_class_names(run, tmp_path, checkpoint, names):
+    for name in ('b10', 'b9', 'a'):  # timm sorts numbers as numbers
+        (tmp_path / 'images' / 'train' / name).mkdir(parents=True)
+        (tmp_path / 'images' / 'train' / name / 'x.jpg').touch()
+    succeed(run('save', checkpoint, tmp_path / 'a', '--classes', tmp_path / 'images'))
+    assert json.loads((tmp_path / 'a' / 'config.json').read_text())['label_names'] == ['a', 'b9', 'b10']
+    refused(run('save', checkpoint, tmp_path / 'b', '--classes', 'imagenet-1k'), '1000 class names')
+    names.write_text('cat\ncat\nowl\n')
+    refused(run('save', checkpoint, tmp_path / 'b', '--classes', names), 'twice: cat')
+    refused(run('save', checkpoint, tmp_path / 'b', '--classes', tmp_path / 'nowhere'), 'nowhere')
+    refused(run('save', checkpoint, tmp_path / 'b', '--classes', checkpoint), 'as text')
+    (tmp_path / 'empty').mkdir()
+    refused(run('save', checkpoint, tmp_path / 'b', '--classes', tmp_path / 'empty'), 'No class names')
+    torch.save(tiny_model(num_classes=1000).state_dict(), checkpoint)
+    _, _, err = run('save', checkpoint, tmp_path / 'c')
+    labels = json.loads((tmp_path / 'c' / 'config.json').read_text())['label_names']
+    assert 'assumed' in err and len(set(labels)) == 1000 and labels[0].startswith('tench')
+
+
+def test_local_dir_folder_keeps_its_card(run, tmp_path, checkpoint, names):
+    """Saving what was saved loses nothing, and refuses a configuration of other tensors."""
+    succeed(run(
+        'save', checkpoint, tmp_path / 'a', '--classes', names, '--top1', 50, '--img-size', 96, '--license', 'mit'))
+    succeed(run('save', f'local-dir:{tmp_path / "a"}', tmp_path / 'b'))
+    for name in FILES:
+        assert (tmp_path / 'a' / name).read_bytes() == (tmp_path / 'b' / name).read_bytes()
+    config = json.loads((tmp_path / 'b' / 'config.json').read_text())
+    config['model_args']['depths'] = [1, 1, 2, 1]
+    (tmp_path / 'b' / 'config.json').write_text(json.dumps(config))
+    refused(run('save', tmp_path / 'b', tmp_path / 'c'), 'config.json does not describe the tensors')
+    status, out, _ = run('verify', tmp_path / 'b')
+    assert status == 1 and 'FAILED  config' in out
+    for args in ({'depths': [10 ** 9] * 4}, {'width': 10 ** 9}, {'width': 'x'}, 'x', None, []):  # none of them is built
+        (tmp_path / 'b' / 'config.json').write_text(json.dumps({**config, 'model_args': args}))
+        status, out, _ = run('verify', tmp_path / 'b')
+        assert status == 1 and 'FAILED  config' in out
+        refused(run('save', tmp_path / 'b', tmp_path / 'c'), 'config.json')
+
+
+class Visible:
+    """Its unpickling leaves a file behind."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return (Path.touch, (Path(self.path),))
+
+
+@pytest.mark.parametrize('what', ['fused', 'nan', 'unknown', 'missing', 'code', 'headless'])
+def test_refused_before_anything_is_sent(run, hub, tmp_path, what):
+    state_dict = tiny_model(num_classes=0 if what == 'headless' else 3).state_dict()
+    if what == 'fused':
+        state_dict = reparameterize_model(tiny_model()).state_dict()
+    elif what == 'nan':
+        state_dict['norm.bias'][1] = float('inf')
+    elif what == 'unknown':
+        state_dict['extra.weight'] = torch.zeros(3)
+    elif what == 'missing':
+        del state_dict['stages.1.1.gamma']
+    elif what == 'code':
+        state_dict['x'] = Visible(tmp_path / 'ran')
+    torch.save(state_dict, tmp_path / 'bad.pth')
+    reason = dict(fused='folded', nan='norm.bias', unknown='extra.weight', missing='stages.1.1.gamma', code='run code',
+                  headless='classifier')[what]
+    refused(run('push', tmp_path / 'bad.pth', 'owner/bad'), reason)
+    assert not hub.requests and not (tmp_path / 'ran').exists()
+
+
+# What is written
+
+
+def test_saved_folder(run, tmp_path, checkpoint, names):
+    """No pickle, no num_classes in model_args, loads to the logits of the original, never overwritten unasked."""
+    out = tmp_path / 'out'
+    succeed(run('save', checkpoint, out, '--classes', names))
+    assert {path.name for path in out.iterdir()} == FILES
+    config = json.loads((out / 'config.json').read_text())
+    assert config['model_args'] == {k: list(v) if isinstance(v, tuple) else v for k, v in TINY.items()}
+    assert torch.equal(logits(timm.create_model(f'local-dir:{out}', pretrained=True)), logits(tiny_model()))
+    refused(run('save', checkpoint, out), '--force')
+    (out / 'README.md').write_text('mine')
+    succeed(run('save', checkpoint, out, '--force', '--classes', names))
+    assert (out / 'README.md').read_text() == 'mine'
+    succeed(run('save', checkpoint, out, '--force', '--classes', names, '--overwrite-card'))
+    assert (out / 'README.md').read_text().startswith('---')
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith('.')] == []
+
+
+@pytest.mark.parametrize('kwargs, dtype', [
+    (dict(in_chans=1), torch.float16),
+    (dict(in_chans=4, num_classes=2), torch.float64),
+    (dict(global_pool='catavgmax'), torch.float32),
+    (dict(width=40, depths=(2, 2, 10, 2), expansions=(3, 3, 3, 2), stem_chs=32), torch.float32),
+], ids=['grey, half precision', 'four channels, double precision', 'pooling', 'gmnet_s1'])
+def test_saved_variants(run, tmp_path, kwargs, dtype):
+    """Whatever the model, config.json builds it again, by itself and without num_classes, which transformers adds."""
+    model = tiny_model(**kwargs).to(dtype)
+    torch.save(model.state_dict(), tmp_path / 'x.pth')
+    succeed(run('save', tmp_path / 'x.pth', tmp_path / 'out'))
+    loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
+    assert torch.equal(logits(loaded), logits(model.float()))
+    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert config['architecture'] == 'gmnet_s1'
+    args = config.get('model_args', {})
+    assert 'num_classes' not in args and ('width' in args) == ('width' not in kwargs)
+    built = timm.create_model(config['architecture'], num_classes=config['num_classes'], **args)
+    built.load_state_dict(load_file(tmp_path / 'out' / 'model.safetensors'))
+    assert torch.equal(logits(built), logits(model.float()))
+    assert len(config['pretrained_cfg']['mean']) in (1, model.in_chans)
+    assert 'FAILED' not in succeed(run('verify', tmp_path / 'out'))
+
+
+def test_verify_finds_the_entry_that_transformers_cannot_load(run, tmp_path, checkpoint):
+    """timm 1.0.31 writes it by itself."""
+    succeed(run('save', checkpoint, tmp_path / 'out'))
+    config = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    config['model_args']['num_classes'] = 3
+    (tmp_path / 'out' / 'config.json').write_text(json.dumps(config))
+    status, out, _ = run('verify', tmp_path / 'out')
+    assert status == 1 and 'num_classes under model_args' in out
+
+
+def test_recorded_hash(run, tmp_path, checkpoint):
+    """The SHA-256 is the one that its documentation describes, computed here from the bytes of the file."""
+    succeed(run('convert', checkpoint, tmp_path / 'a.safetensors'))
+    raw = (tmp_path / 'a.safetensors').read_bytes()
+    (length,) = struct.unpack('<Q', raw[:8])
+    header = json.loads(raw[8:8 + length])
+    metadata = header.pop('__metadata__')
+    digest = hashlib.sha256()
+    for name, entry in sorted(header.items()):
+        start, end = (8 + length + offset for offset in entry['data_offsets'])
+        dtype = {'F32': 'float32', 'I64': 'int64'}[entry['dtype']]
+        digest.update(f'{name} {dtype} {entry["shape"]}\n'.encode() + raw[start:end])
+    assert metadata['weights_sha256'] == digest.hexdigest()
+
+
+def test_flipped_bit(run, tmp_path, checkpoint):
+    """It is noticed where a hash is recorded, and said to be unnoticeable where there is none."""
+    out = tmp_path / 'out'
+    succeed(run('save', checkpoint, out))
+    raw = bytearray((out / 'model.safetensors').read_bytes())
+    raw[-2000] ^= 1
+    (out / 'model.safetensors').write_bytes(raw)
+    status, text, _ = run('verify', out)
+    assert status == 1 and 'SHA-256' in text
+    refused(run('save', out, tmp_path / 'b'), 'SHA-256')
+    save_file(tiny_model().state_dict(), out / 'model.safetensors')
+    status, text, _ = run('verify', out)
+    assert status == 0 and 'no SHA-256' in text
+
+
+def test_convert(run, tmp_path, checkpoint):
+    original = tiny_model().state_dict()
+    succeed(run('convert', checkpoint, tmp_path / 'a.safetensors'))
+    succeed(run('convert', tmp_path / 'a.safetensors', tmp_path / 'b.pth.tar'))
+    succeed(run('convert', tmp_path / 'b.pth.tar', tmp_path / 'c.pth'))
+    for loaded in (load_file(tmp_path / 'a.safetensors'),
+                   torch.load(tmp_path / 'b.pth.tar', weights_only=True)['state_dict'],
+                   torch.load(tmp_path / 'c.pth', weights_only=True)):
+        assert set(loaded) == set(original) and all(torch.equal(loaded[key], original[key]) for key in original)
+    before = (tmp_path / 'c.pth').read_bytes()
+    refused(run('convert', checkpoint, tmp_path / 'c.pth', '--dtype', 'float16'), '--force')
+    assert (tmp_path / 'c.pth').read_bytes() == before
+    succeed(run('convert', checkpoint, tmp_path / 'c.pth', '--dtype', 'float16', '--force'))
+    half = torch.load(tmp_path / 'c.pth', weights_only=True)
+    assert all(torch.equal(half[key], value.half() if value.is_floating_point() else value)
+               for key, value in original.items())
+    refused(run('convert', checkpoint, tmp_path / 'c.onnx'), '.safetensors')
+    original['head.bias'][0] = 1e6
+    torch.save(original, checkpoint)
+    refused(run('convert', checkpoint, tmp_path / 'd.pth', '--dtype', 'float16'), 'head.bias', 'bfloat16')
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
+        'a.safetensors', 'b.pth.tar', 'c.pth', 'checkpoint.pth']
+
+
+# What is sent
+
+
+def test_push_and_verify(run, hub, checkpoint, names):
+    out = succeed(run('push', checkpoint, 'owner/tiny', '--classes', names, '--top1', 50))
+    files = hub.files('owner/tiny')
+    assert set(files) >= FILES
+    for name in FILES:
+        assert hashlib.sha256(files[name]).hexdigest() in out
+    assert hub.repos['owner/tiny'].refs['main'] in out
+    assert not hub.repos['owner/tiny'].private
+    assert len(hub.repos['owner/tiny'].commits) == 2  # the server's own, and one with everything
+    text = succeed(run('verify', 'owner/tiny'))
+    assert 'FAILED' not in text and 'as the server says' in text and text.count('ok ') == 6
+    succeed(run('push', checkpoint, 'owner/tiny', '--classes', names, '--top1', 50))
+    assert hub.files('owner/tiny') == files
+
+
+def test_card_is_kept(run, hub, checkpoint):
+    hub.commit('owner/tiny', {'README.md': b'mine', 'notes.txt': b'also mine'})
+    assert 'kept' in succeed(run('push', checkpoint, 'owner/tiny'))
+    assert hub.files('owner/tiny')['README.md'] == b'mine'
+    succeed(run('push', checkpoint, 'owner/tiny', '--overwrite-card'))
+    assert hub.files('owner/tiny')['README.md'].startswith(b'---')
+    assert hub.files('owner/tiny')['notes.txt'] == b'also mine'
+
+
+def test_pull_request_private_revision(run, hub, checkpoint):
+    succeed(run('push', checkpoint, 'tiny', '--private'))  # the owner is that of the token
+    assert hub.repos['owner/tiny'].private
+    before = hub.files('owner/tiny')
+    torch.save(tiny_model(num_classes=4).state_dict(), checkpoint)
+    out = succeed(run('push', checkpoint, 'owner/tiny', '--create-pr', '--overwrite-card'))
+    assert '/discussions/1' in out
+    assert hub.files('owner/tiny') == before and hub.files('owner/tiny', 'refs/pr/1') != before
+    succeed(run('push', checkpoint, 'owner/tiny', '--revision', 'four', '--overwrite-card'))
+    assert hub.files('owner/tiny') == before
+    assert json.loads(hub.files('owner/tiny', 'four')['config.json'])['num_classes'] == 4
+    assert 'num_classes=4' in succeed(run('verify', 'hf-hub:owner/tiny@four'))
+    assert 'num_classes=3' in succeed(run('verify', 'owner/tiny'))
+
+
+def test_dry_run_sends_nothing(run, hub, tmp_path, checkpoint, names, monkeypatch):
+    """It writes the very files that a push sends."""
+    monkeypatch.chdir(tmp_path)
+    arguments = (checkpoint, 'owner/tiny', '--classes', names)
+    assert 'nothing was sent' in succeed(run('push', *arguments, '--dry-run'))
+    assert not hub.requests
+    succeed(run('push', *arguments))
+    for name in FILES:
+        assert (tmp_path / 'tiny' / name).read_bytes() == hub.files('owner/tiny')[name]
+
+
+STAGES = [
+    ('POST', '/api/repos/create'),
+    ('GET', '/api/models/'),
+    ('POST', '/api/validate-yaml'),
+    ('POST', '/preupload/'),
+    ('POST', '/objects/batch'),
+    ('PUT', '/large/'),
+    ('POST', '/verify'),
+    ('POST', '/commit/'),
+    ('HEAD', '/resolve/'),
+    ('GET', '/resolve/'),
+]
+STATUSES = [401, 403, 404, 409, 429, 500, CUT, LOST]
+
+
+def fault_cases():
+    """A status at each stage and each status at some stage in the quick tests, all of them in the slow ones."""
+    for i, stage in enumerate(STAGES):
+        for j, status in enumerate(STATUSES):
+            quick = i % len(STATUSES) == j
+            marks = () if quick else (pytest.mark.slow,)
+            yield pytest.param(*stage, status, marks=marks, id=f'{stage[0]}{stage[1].replace("/", "-")}{status}')
+
+
+@pytest.mark.parametrize('method, path, status', list(fault_cases()))
+def test_faults(run, hub, checkpoint, method, path, status):
+    """Whatever fails: no traceback, no claim of success, nothing half published; the command repeated completes."""
+    with hub.fault(method, path, status) as fault:
+        result = run('push', checkpoint, 'owner/tiny')
+    assert fault.hits, 'the fault was never met'
+    present = set(hub.files('owner/tiny')) & FILES if 'owner/tiny' in hub.repos else set()
+    assert present in (set(), FILES)
+    if result[0] == 0:  # huggingface_hub may do without this request: a repository that exists needs no creation
+        assert present == FILES
+    else:
+        message = refused(result, 'owner/tiny')
+        exists = (path, status) == ('/api/repos/create', 409)  # so it is looked for, in vain
+        assert str(404 if exists else status) in message or status in (CUT, LOST)
+        assert ('could not be read back' in message) == (present == FILES and '/commit/' not in path)
+    commits = len(hub.repos['owner/tiny'].commits) if present == FILES else None
+    succeed(run('push', checkpoint, 'owner/tiny'))
+    assert set(hub.files('owner/tiny')) >= FILES
+    assert commits in (None, len(hub.repos['owner/tiny'].commits))  # nothing is published twice
+    assert 'FAILED' not in succeed(run('verify', 'owner/tiny'))
+
+
+def test_concurrent_commit(run, hub, checkpoint, monkeypatch):
+    """A commit of somebody else's between looking and committing is not built upon unseen."""
+    hub.commit('owner/tiny', {'README.md': b'first'})
+    from huggingface_hub import HfApi
+    real = HfApi.model_info
+
+    def model_info(*args, **kwargs):
+        info = real(*args, **kwargs)
+        hub.commit('owner/tiny', {'README.md': b'second'})
+        return info
+
+    monkeypatch.setattr(HfApi, 'model_info', model_info)
+    refused(run('push', checkpoint, 'owner/tiny'), 'somebody else')
+    assert hub.files('owner/tiny') == {'README.md': b'second'}
+
+
+def test_damaged_on_the_server(run, hub, checkpoint):
+    """A server that stores something else than it was sent is found out when the commit is read back."""
+    real = hub.commit
+
+    def commit(repo_id, files, ref='main'):
+        files = {k: v.replace(b'gmnet', b'gmnot') if k == 'config.json' else v for k, v in files.items()}
+        return real(repo_id, files, ref)
+
+    hub.commit = commit
+    refused(run('push', checkpoint, 'owner/tiny'), 'config.json', 'not what was sent')
+
+
+def test_tokens(run, hub, checkpoint):
+    hub.commit('other/tiny', {'README.md': b'theirs'})
+    refused(run('push', checkpoint, 'other/tiny'), '403', '--create-pr')
+    assert '/discussions/1' in succeed(run('push', checkpoint, 'other/tiny', '--create-pr'))
+    refused(run('push', checkpoint, 'owner/tiny', '--token', READ_TOKEN), '403', 'permission')
+    refused(run('push', checkpoint, 'owner/tiny', '--token', 'hf_wrong'), '401', 'hf auth login')
+    assert 'owner/tiny' not in hub.repos and hub.files('other/tiny') == {'README.md': b'theirs'}
+    refused(run('verify', 'owner/nothing'), 'owner/nothing')
+
+
+# What others see
+
+
+def python(code: str, hub_url: str, tmp_path: Path, **environment) -> str:
+    """Run code in a process of its own, whose Hub is the server."""
+    env = {
+        **{key: value for key, value in os.environ.items() if key != 'HF_TOKEN'},
+        'HF_ENDPOINT': hub_url, 'HF_HOME': str(tmp_path / 'home'), 'HF_HUB_DISABLE_XET': '1',
+        'HF_HUB_DISABLE_TELEMETRY': '1', 'OMP_WAIT_POLICY': 'PASSIVE', **environment,
+    }
+    done = subprocess.run(
+        [sys.executable, '-c', code], env=env, capture_output=True, text=True, timeout=240, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+ROUND_TRIP = '''
+import json
+import timm, torch
+model = timm.create_model('hf-hub:owner/tiny', pretrained=True).eval()
+x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+from PIL import Image
+image = Image.effect_noise((80, 72), 60).convert('RGB')
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+with torch.no_grad():
+    result = {'timm': model(x).tolist(), 'photo': model(transform(image)[None]).softmax(-1)[0].tolist(),
+              'labels': model.pretrained_cfg['label_names']}
+if WITH_TRANSFORMERS:
+    from transformers import AutoImageProcessor, TimmWrapperForImageClassification, pipeline
+    wrapper = TimmWrapperForImageClassification.from_pretrained('owner/tiny').eval()
+    with torch.no_grad():
+        result['wrapper'] = wrapper(pixel_values=x).logits.tolist()
+    classify = pipeline('image-classification', model='owner/tiny')
+    with torch.no_grad():
+        result['pipeline'] = classify.model(pixel_values=x).logits.tolist()
+    result['shown'] = {entry['label']: entry['score'] for entry in classify(image, top_k=3)}
+print(json.dumps(result))
+'''
+
+
+@pytest.mark.slow
+def test_round_trip_with_timm(run, hub, tmp_path, checkpoint, names):
+    """In a process that never imports gmnet_timm itself."""
+    succeed(run('push', checkpoint, 'owner/tiny', '--classes', names, '--img-size', 64))
+    result = json.loads(python(ROUND_TRIP.replace('WITH_TRANSFORMERS', 'False'), hub.url, tmp_path))
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(torch.tensor(result['timm']), tiny_model()(x))
+    assert result['labels'] == LABELS
+
+
+@pytest.mark.slow
+def test_round_trip_with_transformers(run, hub, tmp_path, checkpoint, names):
+    """timm, transformers' wrapper and its pipeline agree, and the pipeline shows labels by name."""
+    pytest.importorskip('transformers', reason="transformers is not installed: pip install 'gmnet-timm[ecosystem]'")
+    succeed(run('push', checkpoint, 'owner/tiny', '--classes', names, '--img-size', 64))
+    result = json.loads(python(ROUND_TRIP.replace('WITH_TRANSFORMERS', 'True'), hub.url, tmp_path))
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = tiny_model()(x)
+    for name in ('timm', 'wrapper', 'pipeline'):
+        assert torch.equal(torch.tensor(result[name]), expected), name
+    assert set(result['shown']) == set(LABELS)
+    shown = [result['shown'][label] for label in LABELS]
+    assert torch.allclose(torch.tensor(shown), torch.tensor(result['photo']), atol=1e-6)
+
+
+@pytest.mark.slow
+def test_registered_size_with_organisation(run, hub, tmp_path):
+    """GMNET_TIMM_HUB_ORG makes `pretrained=True` load from there, also offline; what is missing is said clearly."""
+    torch.manual_seed(0)
+    model = timm.create_model('gmnet_s1', num_classes=7).eval()
+    torch.save({'state_dict': model.state_dict()}, tmp_path / 's1.pth')
+    succeed(run('push', tmp_path / 's1.pth', 'owner/gmnet_s1.in1k'))
+    code = '''
+import timm, torch
+assert 'gmnet_s1.in1k' in timm.list_pretrained('gmnet*')
+cfg = timm.get_pretrained_cfg('gmnet_s1')
+assert cfg.hf_hub_id == 'owner/gmnet_s1.in1k', cfg
+model = timm.create_model('gmnet_s1', pretrained=True, pretrained_cfg_overlay=dict(num_classes=7), num_classes=7).eval()
+with torch.no_grad():
+    print(model(torch.ones(1, 3, 32, 32)).tolist())
+try:
+    timm.create_model('gmnet_s2', pretrained=True)
+except RuntimeError as e:
+    print(e)
+'''
+    first, error = python(code, hub.url, tmp_path, GMNET_TIMM_HUB_ORG='owner').splitlines()
+    with torch.no_grad():
+        assert torch.equal(torch.tensor(json.loads(first)), model(torch.ones(1, 3, 32, 32)))
+    assert 'from owner/gmnet_s2.in1k' in error and 'Repository Not Found' in error
+    hub.repos.clear()  # from here on only the cache has it
+    offline = python(code, hub.url, tmp_path, GMNET_TIMM_HUB_ORG='owner', HF_HUB_OFFLINE='1').splitlines()
+    assert offline[0] == first and 'from owner/gmnet_s2.in1k' in offline[1]
+    nowhere = python(code, 'http://127.0.0.1:9', tmp_path, GMNET_TIMM_HUB_ORG='owner').splitlines()
+    assert nowhere[0] == first and 'from owner/gmnet_s2.in1k' in nowhere[1] and 'network' in nowhere[1]
+
+
+@pytest.mark.slow
+def test_card_usage_runs_as_printed(run, hub, tmp_path, checkpoint, names):
+    succeed(run('push', checkpoint, 'owner/tiny', '--classes', names, '--img-size', 64))
+    blocks = re.findall(r'```python\n(.*?)```', hub.files('owner/tiny')['README.md'].decode(), re.DOTALL)
+    assert len(blocks) == 2
+    assert 'topk' in python(blocks[0], hub.url, tmp_path)
+    pytest.importorskip('transformers', reason="transformers is not installed: pip install 'gmnet-timm[ecosystem]'")
+    assert 'owl' in python(blocks[1], hub.url, tmp_path)
+
+
+@pytest.mark.slow
+def test_every_documented_command(run, hub, tmp_path, names, monkeypatch):
+    """docs/publishing.md, from top to bottom."""
+    monkeypatch.chdir(tmp_path)
+    make_run(tmp_path / 'run')
+    torch.save(tiny_model().state_dict(), 'checkpoint.pth')
+    Path('results.csv').write_text('model,top1,top5\ngmnet_s1,61.5,88.25\n')
+    for name in LABELS:
+        Path('pets', name).mkdir(parents=True)
+        Path('pets', name, 'x.jpg').touch()
+    text = (Path(__file__).parent.parent / 'docs' / 'publishing.md').read_text(encoding='utf-8')
+    blocks = re.findall(r'```(console|python)\n(.*?)```', text, re.DOTALL)
+    commands = [line for language, block in blocks if language == 'console' for line in block.splitlines()]
+    assert len(commands) >= 15
+    for command in commands:
+        prompt, program, *arguments = shlex.split(command)
+        assert (prompt, program) == ('$', 'gmnet-timm'), command
+        assert 'FAILED' not in succeed(run(*arguments)), command
+    programs = [block for language, block in blocks if language == 'python']
+    assert 'cat' in python(programs[0], hub.url, tmp_path, HF_TOKEN=TOKEN)
+    pytest.importorskip('transformers', reason="transformers is not installed: pip install 'gmnet-timm[ecosystem]'")
+    assert 'owl' in python(programs[1], hub.url, tmp_path, HF_TOKEN=TOKEN)
