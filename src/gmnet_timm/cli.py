@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar='command', required=True)
     _add_info(commands)
     _add_recipe(commands)
+    _add_check_run(commands)
     return parser
 
 
@@ -82,7 +83,7 @@ def _add_recipe(commands) -> None:
     parser.add_argument('--nodes', type=int, default=1, help='machines (default: 1)')
     parser.add_argument('--batch-size', type=int, default=256, help='images a GPU and forward pass (default: 256)')
     parser.add_argument('--accumulation', type=int, help='forward passes a step (default: what the recipe needs)')
-    parser.add_argument('--scale-lr', action='store_true', help='any images a step, at the same learning rate per image')
+    parser.add_argument('--scale-lr', action='store_true', help='any total, at the same learning rate per image')
     parser.add_argument('--num-classes', type=int, help='number of classes, required by finetune')
     parser.add_argument('--weights', metavar='FILE', help='GmNet checkpoint that finetune starts from')
     parser.add_argument('--data-dir', help='folder of the images in the printed commands (default: $IMAGENET)')
@@ -149,3 +150,29 @@ def _check_recipe(args: argparse.Namespace) -> int:
     if not problems:
         print(f'{args.check}: every argument is one of {script}')
     return 1 if problems else 0
+
+
+def _add_check_run(commands) -> None:
+    parser = commands.add_parser(
+        'check-run',
+        help='what a run folder of train.py says: deviations from the recipe, progress, health, what to publish',
+        description=_run_check_run.__doc__,
+    )
+    parser.add_argument('run_dir', help='folder with args.yaml, summary.csv and checkpoints')
+    parser.add_argument('--recipe', default='imagenet', help='recipe to compare with (default: imagenet)')
+    parser.add_argument('--gpus', type=int, help='GPUs that train, for as long as no checkpoint says it')
+    parser.add_argument('--plot', metavar='PNG', help='draw loss, top-1 and learning rate (needs the extra plot)')
+    parser.set_defaults(run=_run_check_run)
+
+
+def _run_check_run(args: argparse.Namespace) -> int:
+    """Read a run folder of train.py. The exit status is 1 if the training is not well."""
+    from gmnet_timm.recipes import images_a_step
+    from gmnet_timm.training_run import format_run, plot_run, read_run, symptoms
+
+    images_a_step(args.recipe)  # refuses a name that is no recipe
+    run = read_run(args.run_dir)
+    print(format_run(run, args.recipe, args.gpus))
+    if args.plot is not None:
+        plot_run(run, args.plot)
+    return 1 if symptoms(run) else 0
