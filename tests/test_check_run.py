@@ -161,6 +161,14 @@ def test_damaged_files_are_named_and_the_rest_is_reported(run, damage, note, los
     assert f'{run}/{best}.pth.tar (epoch 5' in out
 
 
+@pytest.mark.parametrize('length', range(0, 2000, 37))
+def test_args_cut_anywhere(run, length):
+    """Whatever a half-written args.yaml ends in, the report comes."""
+    text = (run / 'args.yaml').read_text()
+    (run / 'args.yaml').write_text(text[:length])
+    assert len(report(run)) >= 7
+
+
 @pytest.mark.parametrize('tail', ['8,2.5,2.4', '8,2.5,2.4,46,70,0.0', '8,x,2.4,46,70,0.001\n', '\0\0\0\0', '8\n'])
 def test_half_written_summary_line_is_left_out(run, tail):
     with (run / 'summary.csv').open('a') as f:

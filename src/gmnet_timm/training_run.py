@@ -7,7 +7,7 @@ import csv
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple, TypeGuard, Union
 
 import torch
 import yaml
@@ -73,22 +73,22 @@ class TrainingRun:
         args = self.args
         if args.get('epochs') is None:
             return None
-        cooldown = args.get('cooldown_epochs', 0) if args.get('sched', 'cosine') in ('cosine', 'tanh', 'poly') else 0
-        warmup = args.get('warmup_epochs', 0) if args.get('warmup_prefix') else 0
-        return args.get('stop_epoch') or args['epochs'] + cooldown + warmup
+        cooldown = args.get('cooldown_epochs') if args.get('sched', 'cosine') in ('cosine', 'tanh', 'poly') else 0
+        warmup = args.get('warmup_epochs') if args.get('warmup_prefix') else 0
+        return args.get('stop_epoch') or args['epochs'] + (cooldown or 0) + (warmup or 0)
 
     @property
     def best_epoch(self) -> Optional[Epoch]:
         """The epoch with the highest top-1, the earliest of equals."""
         ranked = [e for e in self.epochs if _finite(e.top1)]
-        return max(ranked, key=lambda e: (e.top1, -e.epoch), default=None)
+        return max(ranked, key=lambda e: (_number(e.top1), -e.epoch), default=None)
 
     @property
     def best_checkpoint(self) -> Optional[RunCheckpoint]:
         """The checkpoint with the best metric; of equals model_best, whose name says what it is."""
         sign = -1 if self.args.get('eval_metric') == 'loss' else 1
         ranked = [c for c in self.checkpoints if _finite(c.metric)]
-        return max(ranked, key=lambda c: (sign * c.metric, c.path.name.startswith('model_best')), default=None)
+        return max(ranked, key=lambda c: (sign * _number(c.metric), c.path.name.startswith('model_best')), default=None)
 
 
 def read_run(path: Union[str, Path]) -> TrainingRun:
@@ -142,13 +142,15 @@ def symptoms(run: TrainingRun) -> List[str]:
     broken = next((e for e in run.epochs if _broken(e.train_loss) or _broken(e.eval_loss)), None)
     if broken is not None:
         found.append(f'the loss is not finite from epoch {broken.epoch} on')
-    best, last = run.best_epoch, run.epochs[-1] if run.epochs else None
-    chance = 100 / (run.args.get('num_classes') or 1000)
-    past_warmup = last is not None and last.epoch >= (run.args.get('warmup_epochs') or 0) + 3
-    if best is not None and past_warmup and best.top1 <= 1.5 * chance:
-        found.append(f'top-1 never left chance ({chance:.4g} %)')
-    if best is not None and _finite(last.top1) and last.top1 < best.top1 / 2:
-        found.append(f'top-1 fell from {best.top1:.2f} to {last.top1:.2f}')
+    best = run.best_epoch
+    if best is not None:
+        best_top1, last_top1 = _number(best.top1), _number(run.epochs[-1].top1)
+        chance = 100 / (run.args.get('num_classes') or 1000)
+        past_warmup = run.epochs[-1].epoch >= (run.args.get('warmup_epochs') or 0) + 3
+        if past_warmup and best_top1 <= 1.5 * chance:
+            found.append(f'top-1 never left chance ({chance:.4g} %)')
+        if last_top1 < best_top1 / 2:
+            found.append(f'top-1 fell from {best_top1:.2f} to {last_top1:.2f}')
     if _is_flat(run):
         found.append(f'flat: neither loss nor top-1 moved over {_FLAT_EPOCHS} epochs')
     return found
@@ -279,7 +281,7 @@ def _images_a_step(run: TrainingRun, processes: Optional[int]) -> Optional[int]:
 
 def _is_flat(run: TrainingRun) -> bool:
     # The cool-down runs at a constant, tiny learning rate: there it is meant to be flat.
-    tail = [e for e in run.epochs if e.epoch < run.args.get('epochs', math.inf)][-_FLAT_EPOCHS:]
+    tail = [e for e in run.epochs if e.epoch < (run.args.get('epochs') or math.inf)][-_FLAT_EPOCHS:]
     losses = [e.train_loss for e in tail if _finite(e.train_loss)]
     top1 = [e.top1 for e in tail if _finite(e.top1)]
     if len(losses) < _FLAT_EPOCHS or tail[0].epoch < (run.args.get('warmup_epochs') or 0):
@@ -348,7 +350,7 @@ def _same(value: Any, wanted: Any) -> bool:
     return value == wanted
 
 
-def _finite(value: Optional[float]) -> bool:
+def _finite(value: Optional[float]) -> TypeGuard[float]:
     return value is not None and math.isfinite(value)
 
 

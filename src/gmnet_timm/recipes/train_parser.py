@@ -10,7 +10,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Union
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import yaml
 
@@ -33,7 +33,9 @@ print('options: ' + json.dumps({
 }))
 '''
 
-_TYPES = {'int': int, 'float': (int, float), 'str': str, 'bool': bool, 'mapping': dict}
+_TYPES: Dict[str, Tuple[type, ...]] = {
+    'int': (int,), 'float': (int, float), 'str': (str,), 'bool': (bool,), 'mapping': (dict,),
+}
 
 
 @dataclasses.dataclass(frozen=True)
