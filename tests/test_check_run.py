@@ -51,7 +51,7 @@ def report(folder, **kwargs):
 def test_healthy_run(run):
     rows = {key: value.strip() for key, value in report(run).items()}
     assert rows['recipe'] == 'as in imagenet.yaml'
-    assert rows['images a step'] == '8 GPUs x batch 256 x accumulation 1 = 2048, as in the recipe'
+    assert rows['images a step'] == '8 GPUs x batch 256 x accumulation 1 = 2048 images a step, as in the recipe'
     assert rows['epochs'] == '8 done, 302 left of 310'
     assert rows['top-1'] == 'best 45.00 (epoch 5), last 43.00 (epoch 7)'
     assert rows['health'] == 'losses are finite, and it is not flat'
@@ -69,9 +69,15 @@ def test_deviations_are_named_one_by_one(run):
 def test_learning_rates_scaled_with_the_total_are_no_deviation(run):
     write_args(run, batch_size=128, lr=1.5e-3, warmup_lr=5e-7, min_lr=5e-6)
     assert deviations(read_run(run)) == []
-    assert report(run)['images a step'].endswith('= 1024, instead of 2048')
+    assert report(run)['images a step'].endswith('= 1024 images a step, instead of 2048')
     write_args(run, batch_size=128, lr=1e-3)
     assert deviations(read_run(run)) == ['lr 0.001 instead of 0.003']
+
+
+def test_own_classes_and_weights_are_no_deviation_from_finetune(run):
+    own = dict(num_classes=3, pretrained_path='a.pth', lr=1e-3)
+    (run / 'args.yaml').write_text(yaml.safe_dump({**load_recipe('finetune'), **own}))
+    assert deviations(read_run(run), 'finetune') == ['lr 0.001 instead of 0.0005']
 
 
 def test_total_without_checkpoints_needs_the_number_of_gpus(run):
@@ -236,6 +242,10 @@ def test_plot_says_what_is_missing(run, monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     with pytest.raises(MissingExtraError, match=r'gmnet-timm\[plot\]'):
         plot_run(read_run(run), 'run.png')
+    monkeypatch.undo()
+    pytest.importorskip('matplotlib')
+    with pytest.raises(UserError, match='cannot be written'):
+        plot_run(read_run(run), run / 'absent' / 'run.png')
     (run / 'summary.csv').unlink()
     with pytest.raises(UserError, match='nothing to draw'):
         plot_run(read_run(run), 'run.png')

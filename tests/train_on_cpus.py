@@ -3,7 +3,6 @@
 On the CPU, train.py hands DistributedDataParallel `device_ids`, which torch only takes for GPUs. They are dropped here,
 and nothing else is changed.
 """
-import os
 import runpy
 import sys
 
@@ -19,5 +18,4 @@ def _init_without_device_ids(self, module, device_ids=None, **kwargs):
 if __name__ == '__main__':
     DistributedDataParallel.__init__ = _init_without_device_ids
     sys.argv = sys.argv[1:]
-    sys.path[0] = os.path.dirname(os.path.abspath(sys.argv[0]))  # as if the script had been started itself
     runpy.run_path(sys.argv[0], run_name='__main__')

@@ -14,13 +14,14 @@ import yaml
 
 from .checkpoint import infer_architecture, read_state_dict
 from .errors import MissingExtraError, UserError
-from .recipes import RECIPES, load_recipe
+from .recipes import RECIPES, Layout, load_recipe
 
 __all__ = ['Epoch', 'RunCheckpoint', 'TrainingRun', 'deviations', 'format_run', 'plot_run', 'read_run', 'symptoms']
 
 # In the recipes, but no part of what was published
 _FREE = {
-    'model', 'batch_size', 'grad_accum_steps', 'workers', 'pin_mem', 'eval_metric', 'checkpoint_hist', 'log_interval',
+    'model', 'pretrained_path', 'batch_size', 'grad_accum_steps', 'workers', 'pin_mem', 'eval_metric',
+    'checkpoint_hist', 'log_interval',
 }
 _FREE_WITHOUT_AMP = {'amp_dtype'}
 _LEARNING_RATES = {'lr', 'warmup_lr', 'min_lr'}
@@ -129,6 +130,8 @@ def deviations(run: TrainingRun, recipe: str = 'imagenet', processes: Optional[i
     for key, wanted in load_recipe(recipe).items():
         if key in _FREE or key not in run.args or (key in _FREE_WITHOUT_AMP and not run.args.get('amp')):
             continue
+        if key == 'num_classes' and wanted is None:  # finetune leaves it to the user
+            continue
         value = run.args[key]
         scaled = key in _LEARNING_RATES and _same(value, wanted * scale)
         if not scaled and not _same(value, wanted):
@@ -180,7 +183,7 @@ def plot_run(run: TrainingRun, path: Union[str, Path]) -> None:
 
     Raises:
         MissingExtraError: matplotlib is not installed.
-        UserError: There is no epoch to draw.
+        UserError: There is no epoch to draw, or the file cannot be written.
     """
     if not run.epochs:
         raise UserError(f'{run.path} has no complete epoch in summary.csv, there is nothing to draw.')
@@ -199,7 +202,11 @@ def plot_run(run: TrainingRun, path: Union[str, Path]) -> None:
     loss.legend()
     top1.set(ylabel='top-1 (%)')
     lr.set(ylabel='learning rate', xlabel='epoch')
-    figure.savefig(path, format='png')
+    lr.xaxis.get_major_locator().set_params(integer=True)
+    try:
+        figure.savefig(path, format='png')
+    except OSError as e:
+        raise UserError(f'{path} cannot be written: {_first_line(e)}') from e
 
 
 def _read_args(path: Path, notes: List[str]) -> Dict[str, Any]:
@@ -304,7 +311,8 @@ def _describe_total(run: TrainingRun, recipe: str, processes: Optional[int]) -> 
         missing = 'a checkpoint says how many GPUs, or --gpus' if batch_size else 'unknown without args.yaml'
         return f'GPUs x batch {batch_size} x accumulation {accumulation}: {missing}' if batch_size else missing
     verdict = 'as in the recipe' if total == RECIPES[recipe] else f'instead of {RECIPES[recipe]}'
-    return f'{run.processes or processes} GPUs x batch {batch_size} x accumulation {accumulation} = {total}, {verdict}'
+    layout = Layout(run.processes or processes or 0, batch_size, accumulation)
+    return f'{layout}, {verdict}'
 
 
 def _describe_epochs(run: TrainingRun) -> str:
