@@ -232,6 +232,7 @@ def stem_of_one_channel(folder, plain):
     ('torchscript', ['--torchscript'], same_loss(1e-3)),
     ('checkpointing', ['--grad-checkpointing'], recomputed),
     ('ema', ['--model-ema', '--model-ema-decay', '0.9'], averaged),
+    ('sync-bn', ['--sync-bn'], same_loss(1e-6)),  # one process; between processes torch has it for GPUs alone
     ('drop-path', ['--drop-path', '0.5'], other_loss),
     ('grey', ['--in-chans', '1', '--mean', '0.44', '--std', '0.24'], stem_of_one_channel),
     ('size', ['--img-size', '64'], other_loss),
