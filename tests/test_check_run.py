@@ -140,6 +140,12 @@ def test_model_best_of_a_resumed_run_may_not_be_the_best(run):
     assert f'{run}/checkpoint-5.pth.tar' in report(run)['publish']
 
 
+def test_number_of_gpus_is_that_of_the_latest_checkpoint(run):
+    """A run may be continued on other GPUs; args.yaml is that of the continuation."""
+    write_checkpoint(run, 'last.pth.tar', 7, 43., world_size=2)
+    assert '2 GPUs x batch 256' in report(run)['images a step']
+
+
 def test_lower_is_better_for_eval_metric_loss(run):
     write_args(run, eval_metric='loss')
     assert f'{run}/last.pth.tar' in report(run)['publish']

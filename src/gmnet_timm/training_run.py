@@ -65,8 +65,9 @@ class TrainingRun:
 
     @property
     def processes(self) -> Optional[int]:
-        """GPUs that trained, as the checkpoints say: args.yaml is written before train.py knows."""
-        return next((c.processes for c in self.checkpoints if c.processes), None)
+        """GPUs that train, as the latest checkpoint says: args.yaml is written before train.py knows."""
+        known = [c for c in self.checkpoints if c.processes]
+        return max(known, key=lambda c: c.epoch or 0).processes if known else None
 
     @property
     def epochs_planned(self) -> Optional[int]:
