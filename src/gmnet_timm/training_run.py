@@ -125,8 +125,8 @@ def deviations(run: TrainingRun, recipe: str = 'imagenet', processes: Optional[i
         recipe: Name of the recipe.
         processes: Number of GPUs, if no checkpoint says it.
     """
-    total = _images_a_step(run, processes)
-    scale = total / RECIPES[recipe] if total else 1
+    layout = _layout(run, processes)
+    scale = layout.total / RECIPES[recipe] if layout else 1
     found = []
     for key, wanted in load_recipe(recipe).items():
         if key in _FREE or key not in run.args or (key in _FREE_WITHOUT_AMP and not run.args.get('amp')):
@@ -279,12 +279,12 @@ def _read_checkpoint(path: Path, notes: List[str]) -> Optional[RunCheckpoint]:
     )
 
 
-def _images_a_step(run: TrainingRun, processes: Optional[int]) -> Optional[int]:
+def _layout(run: TrainingRun, processes: Optional[int]) -> Optional[Layout]:
     processes = run.processes or processes
     batch_size = run.args.get('batch_size')
     if not (processes and batch_size):
         return None
-    return processes * batch_size * (run.args.get('grad_accum_steps') or 1)
+    return Layout(processes, batch_size, run.args.get('grad_accum_steps') or 1)
 
 
 def _is_flat(run: TrainingRun) -> bool:
@@ -306,14 +306,14 @@ def _describe_deviations(run: TrainingRun, recipe: str, processes: Optional[int]
 
 
 def _describe_total(run: TrainingRun, recipe: str, processes: Optional[int]) -> str:
-    batch_size, accumulation = run.args.get('batch_size'), run.args.get('grad_accum_steps') or 1
-    total = _images_a_step(run, processes)
-    if total is None:
-        missing = 'a checkpoint says how many GPUs, or --gpus' if batch_size else 'unknown without args.yaml'
-        return f'GPUs x batch {batch_size} x accumulation {accumulation}: {missing}' if batch_size else missing
-    verdict = 'as in the recipe' if total == RECIPES[recipe] else f'instead of {RECIPES[recipe]}'
-    layout = Layout(run.processes or processes or 0, batch_size, accumulation)
-    return f'{layout}, {verdict}'
+    layout = _layout(run, processes)
+    if layout is not None:
+        return f'{layout}, {"as in the recipe" if layout.total == RECIPES[recipe] else f"instead of {RECIPES[recipe]}"}'
+    if not run.args.get('batch_size'):
+        return 'unknown without args.yaml'
+    accumulation = run.args.get('grad_accum_steps') or 1
+    known = f'batch {run.args["batch_size"]} x accumulation {accumulation}'
+    return f'{known} x GPUs: a checkpoint says how many, or --gpus'
 
 
 def _describe_epochs(run: TrainingRun) -> str:
