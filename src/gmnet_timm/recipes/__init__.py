@@ -177,7 +177,8 @@ def slurm_script(layout: Layout, config: str, run: str, data_dir: Optional[str] 
 #SBATCH --requeue
 
 set -euo pipefail
-HEAD_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+HEAD_NODE=${{nodes%%$'\\n'*}}  # the first line
 resume=()
 if [ -e {checkpoint} ]; then resume=(--resume {checkpoint}); fi
 
