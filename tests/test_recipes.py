@@ -142,7 +142,8 @@ def test_every_command_line_has_the_total(gpus, nodes):
 
 def test_slurm_script_runs_and_resumes(tmp_path):
     """The script itself, in bash, with stand-ins for Slurm's programs and torchrun."""
-    for name, body in dict(srun='exec "$@"', scontrol='echo n1; for i in {2..99999}; do echo n$i; done', torchrun='printf "%s\\n" "$@"').items():
+    many_nodes = 'echo n1; for i in {2..99999}; do echo n$i; done'
+    for name, body in dict(srun='exec "$@"', scontrol=many_nodes, torchrun='printf "%s\\n" "$@"').items():
         (tmp_path / name).write_text(f'#!/bin/bash\n{body}\n')
         (tmp_path / name).chmod(0o755)
     (tmp_path / 'job.sh').write_text(slurm_script(plan_layout(16, 128, nodes=2), 's 3.yaml', 'gmnet_s3'))
