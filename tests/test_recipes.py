@@ -1,0 +1,311 @@
+"""Recipes: the numbers that were published, and the arithmetic that keeps them on other GPUs."""
+import math
+import os
+import re
+import shlex
+import subprocess
+import textwrap
+
+import pytest
+import torch
+import yaml
+from timm.scheduler import create_scheduler_v2
+
+from gmnet_timm.cli import main
+from gmnet_timm.errors import UserError
+from gmnet_timm.recipes import (
+    RECIPES,
+    RecipeError,
+    compose_recipe,
+    launch_commands,
+    load_recipe,
+    plan_layout,
+    slurm_script,
+    write_new,
+)
+from gmnet_timm.recipes.train_parser import Option, check_config, check_file, read_options, train_script
+
+# Typed from the paper's description, not from the YAML file.
+PUBLISHED = dict(
+    opt='adamw', sched='cosine', epochs=300, lr=.003, weight_decay=.05, warmup_epochs=5, warmup_lr=1e-6, min_lr=1e-5,
+    cooldown_epochs=10, aa='rand-m1-mstd0.5-inc1', mixup=.8, cutmix=.2, mixup_switch_prob=.5, smoothing=.1, reprob=.25,
+    remode='pixel', color_jitter=0, drop_path=0, train_interpolation='random', seed=42, img_size=224,
+    interpolation='bicubic', crop_pct=.875, mean=[.485, .456, .406], std=[.229, .224, .225], num_classes=1000,
+    pretrained=False, model_ema=False, kd_model_name=None, amp=False,
+)
+
+
+def test_imagenet_recipe_is_the_published_one():
+    recipe = load_recipe('imagenet')
+    assert {key: recipe[key] for key in PUBLISHED} == PUBLISHED
+    assert 8 * recipe['batch_size'] * recipe['grad_accum_steps'] == 2048
+
+
+def test_fast_variant_differs_in_its_three_values_and_says_that_it_is_ours():
+    base, fast = load_recipe('imagenet'), load_recipe('imagenet-fast')
+    assert fast == {**base, 'amp': True, 'channels_last': True, 'torchcompile': 'inductor'}
+    assert fast['amp_dtype'] == 'bfloat16'
+    header = compose_recipe('gmnet_s1', plan_layout(8, 256), 'imagenet-fast').split('\n\n')[0]
+    assert 'OUR variant' in header and 'UNPROVEN' in header
+
+
+def test_interpretations_are_marked_beside_the_value():
+    text = compose_recipe('gmnet_s3', plan_layout(8, 256))
+    for key in ('sched_on_updates', 'cooldown_epochs', 'warmup_prefix', 'amp'):
+        assert re.search(rf'^{key}: .*# interpretation', text, re.MULTILINE), key
+
+
+def test_schedule_is_stepped_per_epoch_with_warmup_inside_and_cooldown_after():
+    """The learning rate of each of the 310 epochs, from the recipe through timm and from the formula."""
+    recipe = load_recipe('imagenet')
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=recipe['lr'])
+    scheduler, epochs = create_scheduler_v2(
+        optimizer, sched=recipe['sched'], num_epochs=recipe['epochs'], warmup_epochs=recipe['warmup_epochs'],
+        warmup_lr=recipe['warmup_lr'], min_lr=recipe['min_lr'], cooldown_epochs=recipe['cooldown_epochs'],
+        warmup_prefix=recipe['warmup_prefix'], step_on_epochs=not recipe['sched_on_updates'])
+    seen = []
+    for epoch in range(epochs):
+        seen.append(optimizer.param_groups[0]['lr'])
+        scheduler.step(epoch + 1)
+    warmup = [1e-6 + (3e-3 - 1e-6) * i / 5 for i in range(5)]
+    cosine = [1e-5 + (3e-3 - 1e-5) * (1 + math.cos(math.pi * i / 300)) / 2 for i in range(5, 300)]
+    assert seen == pytest.approx(warmup + cosine + [1e-5] * 10)
+
+
+@pytest.mark.parametrize('gpus', [1, 2, 3, 6, 8, 16, 64])
+@pytest.mark.parametrize('batch_size', [1, 32, 48, 100, 128, 256, 2048, 4096])
+def test_layout_reaches_the_total_exactly_or_proposes_what_does(gpus, batch_size):
+    possible = [n for n in range(1, 2049) if gpus * batch_size * n == 2048]
+    if possible:
+        assert plan_layout(gpus, batch_size).accumulation == possible[0]
+        return
+    with pytest.raises(RecipeError) as e:
+        plan_layout(gpus, batch_size)
+    proposals = re.findall(r'--gpus (\d+) --batch-size (\d+) \(accumulation (\d+)\)', str(e.value))
+    assert proposals
+    assert {int(g) * int(b) * int(a) for g, b, a in proposals} == {2048}
+    if 2048 % gpus == 0:
+        assert {int(g) for g, _, _ in proposals} == {gpus}
+        fitting = [b for b in range(1, 2049) if 2048 % (gpus * b) == 0]
+        nearest = min(abs(b - batch_size) for b in fitting)
+        assert abs(int(proposals[0][1]) - batch_size) == nearest
+
+
+def test_layout_takes_only_the_right_accumulation_and_even_nodes():
+    assert plan_layout(2, 256, accumulation=4).total == 2048
+    with pytest.raises(RecipeError, match=r'accumulation 3 = 1536 images a step, not 2048.*accumulation 4'):
+        plan_layout(2, 256, accumulation=3)
+    with pytest.raises(RecipeError, match='spread evenly'):
+        plan_layout(8, 256, nodes=3)
+    with pytest.raises(RecipeError, match='whole numbers'):
+        plan_layout(0, 256)
+
+
+def test_scale_lr_keeps_the_learning_rate_per_image():
+    layout = plan_layout(3, 100, scale_lr=True, accumulation=2)
+    scaled, base = yaml.safe_load(compose_recipe('gmnet_s1', layout)), load_recipe('imagenet')
+    for key in ('lr', 'warmup_lr', 'min_lr'):
+        assert scaled[key] / 600 == pytest.approx(base[key] / 2048, rel=1e-5), key
+        assert isinstance(scaled[key], float)  # 1e-6 without a point would be read as a string
+
+
+def test_composed_recipe_changes_nothing_else_and_keeps_the_comments():
+    text = compose_recipe('gmnet_s4', plan_layout(2, 256))
+    assert yaml.safe_load(text) == {
+        **load_recipe('imagenet'), 'model': 'gmnet_s4', 'batch_size': 256, 'grad_accum_steps': 4}
+    assert text.count('# interpretation') == 5
+    assert '2 GPUs x batch 256 x accumulation 4 = 2048 images a step' in text.splitlines()[0]
+    with pytest.raises(RecipeError, match='does not set momentun'):
+        compose_recipe('gmnet_s4', plan_layout(2, 256), momentun=1)
+
+
+@pytest.mark.parametrize('value', ['a: b # c.pth', "it's.pth", '1e5', 'null', '\\1'])
+def test_composed_values_survive_yaml(value):
+    text = compose_recipe('gmnet_s1', plan_layout(1, 256, total=256), 'finetune', pretrained_path=value)
+    assert yaml.safe_load(text)['pretrained_path'] == value
+
+
+@pytest.mark.parametrize('gpus, nodes', [(1, 1), (2, 1), (8, 2), (64, 8), (6, 1)])
+def test_every_command_line_has_the_total(gpus, nodes):
+    layout = plan_layout(gpus, 16, nodes=nodes, scale_lr=True, accumulation=3)
+    commands = launch_commands(layout, 'my recipe.yaml', 'run', '/data/my images')
+    assert len(commands) == (1 if gpus == 1 else 3)
+    for command in commands.values():
+        argv = shlex.split(command)
+        number = {flag: int(value) for flag, value in re.findall(r'--(nnodes|nproc_per_node)=(\d+)', command)}
+        processes = number.get('nnodes', 1) * number.get('nproc_per_node', 1)
+        override = argv[argv.index('--grad-accum-steps') + 1] if '--grad-accum-steps' in argv else layout.accumulation
+        assert processes * 16 * int(override) == layout.total
+        assert argv[argv.index('-c') + 1] == 'my recipe.yaml'
+        assert argv[argv.index('--data-dir') + 1] == '/data/my images'
+
+
+def test_slurm_script_runs_and_resumes(tmp_path):
+    """The script itself, in bash, with stand-ins for Slurm's programs and torchrun."""
+    many_nodes = 'echo n1; for i in {2..99999}; do echo n$i; done'
+    for name, body in dict(srun='exec "$@"', scontrol=many_nodes, torchrun='printf "%s\\n" "$@"').items():
+        (tmp_path / name).write_text(f'#!/bin/bash\n{body}\n')
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / 'job.sh').write_text(slurm_script(plan_layout(16, 128, nodes=2), 's 3.yaml', 'gmnet_s3'))
+    env = dict(
+        os.environ, PATH=f'{tmp_path}:{os.environ["PATH"]}', SLURM_JOB_NODELIST='n[1-2]', SLURM_JOB_ID='7',
+        TIMM_SCRIPTS='/timm', IMAGENET='/data/image net')
+
+    def run():
+        done = subprocess.run(['bash', 'job.sh'], cwd=tmp_path, env=env, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    argv = run()
+    assert argv[:5] == [
+        '--nnodes=2', '--nproc_per_node=8', '--rdzv_id=7', '--rdzv_backend=c10d', '--rdzv_endpoint=n1:29500']
+    assert argv[5:9] == ['/timm/train.py', '-c', 's 3.yaml', '--data-dir']
+    assert argv[9:] == ['/data/image net', '--output', 'runs', '--experiment', 'gmnet_s3']
+    (tmp_path / 'runs' / 'gmnet_s3').mkdir(parents=True)
+    (tmp_path / 'runs' / 'gmnet_s3' / 'last.pth.tar').touch()
+    assert run() == [*argv, '--resume', 'runs/gmnet_s3/last.pth.tar']
+
+
+def test_write_new_does_not_overwrite_and_leaves_nothing_half_done(tmp_path, monkeypatch):
+    path = tmp_path / 'recipe.yaml'
+    write_new(path, 'one')
+    with pytest.raises(RecipeError, match='exists'):
+        write_new(path, 'two')
+    assert path.read_text() == 'one'
+    write_new(path, 'two', force=True)
+    assert path.read_text() == 'two'
+
+    def full(*_):
+        raise OSError('disk full')
+
+    monkeypatch.setattr(os, 'replace', full)
+    with pytest.raises(OSError, match='disk full'):
+        write_new(path, 'three', force=True)
+    assert os.listdir(tmp_path) == ['recipe.yaml'] and path.read_text() == 'two'
+    with pytest.raises(RecipeError, match='no folder'):
+        write_new(tmp_path / 'absent' / 'recipe.yaml', 'one')
+
+
+def test_command_prints_one_yaml_file_with_the_commands_in_it(capsys):
+    assert main(['recipe', 'gmnet_s3', '--gpus', '2', '--batch-size', '256']) == 0
+    out = capsys.readouterr().out
+    assert yaml.safe_load(out) == {**load_recipe('imagenet'), 'grad_accum_steps': 4}
+    assert '\n# torchrun --standalone --nproc_per_node=2 "$TIMM_SCRIPTS/train.py" -c recipe.yaml' in out
+
+
+def test_command_writes_the_file_and_prints_what_runs_it(tmp_path, capsys):
+    path = tmp_path / 's1.yaml'
+    argv = ['recipe', 'gmnet_s1', '--gpus', '16', '--nodes', '2', '--batch-size', '128', '-o', str(path)]
+    assert main([*argv, '--slurm']) == 0
+    assert capsys.readouterr().out.startswith('#!/bin/bash\n')
+    assert yaml.safe_load(path.read_text())['model'] == 'gmnet_s1'
+    assert main(argv) == 1
+    assert '--force' in capsys.readouterr().err
+    assert main([*argv, '--force']) == 0
+    assert '--nnodes=2 --nproc_per_node=8' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['gmnet_s5'], 'gmnet_s1, gmnet_s2, gmnet_s3, gmnet_s4'),
+    ([], 'Which model'),
+    (['gmnet_s1', '--gpus', '3'], 'not 2048'),
+    (['gmnet_s1', '--recipe', 'cifar'], 'Recipes: imagenet, imagenet-fast, finetune'),
+    (['gmnet_s1', '--slurm', '--gpus', '8'], '-o FILE'),
+    (['gmnet_s1', '--weights', 'a.pth'], 'from scratch'),
+    (['gmnet_s1', '--recipe', 'finetune'], '--num-classes'),
+    (['gmnet_s1', '--recipe', 'finetune', '--num-classes', '3'], '--weights'),
+])
+def test_command_refuses_with_what_to_do(argv, message, capsys):
+    assert main(['recipe', *argv]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_finetune_command(capsys):
+    assert main(['recipe', 'gmnet_s1', '--recipe', 'finetune', '--num-classes', '3', '--weights', 'a.pth']) == 0
+    recipe = yaml.safe_load(capsys.readouterr().out)
+    assert recipe == {**load_recipe('finetune'), 'model': 'gmnet_s1', 'num_classes': 3, 'pretrained_path': 'a.pth'}
+    assert recipe['pretrained'] and 0 < recipe['layer_decay'] < 1
+    assert recipe['batch_size'] * recipe['grad_accum_steps'] == RECIPES['finetune']
+
+
+@pytest.fixture
+def script(tmp_path):
+    """A little train.py with an argument of each kind."""
+    path = tmp_path / 'train.py'
+    path.write_text(textwrap.dedent('''
+        import argparse
+        class ParseKwargs(argparse.Action):
+            pass
+        parser = argparse.ArgumentParser()
+        parser.add_argument('--model', default='a', type=str)
+        parser.add_argument('--lr', default=None, type=float)
+        parser.add_argument('--warmup-epochs', default=5, type=int)
+        parser.add_argument('--amp', action='store_true')
+        parser.add_argument('--mean', default=None, type=float, nargs='+')
+        parser.add_argument('--input-size', default=None, type=int, nargs=3)
+        parser.add_argument('--kind', default='soft', choices=['soft', 'hard'])
+        parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
+        if __name__ == '__main__':
+            raise SystemExit('it must not train')
+    '''))
+    return str(path)
+
+
+def test_options_are_read_from_the_script(script):
+    options = read_options(script)
+    assert options['lr'] == Option('float', None, None, True)
+    assert options['warmup_epochs'] == Option('int', None, None, False)
+    assert options['amp'].type == 'bool'
+    assert options['input_size'].nargs == 3
+    assert options['kind'].choices == ['soft', 'hard']
+    assert options['model_kwargs'].type == 'mapping'
+
+
+@pytest.mark.parametrize('text, problem', [
+    ('lr: 3.0e-3\nmodel: b\nwarmup_epochs: 3\namp: true\nmean: [0.5]\ninput_size: [1, 2, 3]\nkind: hard', None),
+    ('lr: null\nmean: null\nmodel_kwargs: {width: 8}', None),
+    ('lr: 1', None),
+    ('warmup_epoch: 3', 'warmup_epoch is no argument of train.py, warmup_epochs is'),
+    ('warmup-epochs: 3', 'warmup-epochs is no argument of train.py, warmup_epochs is'),
+    ('zebra: 3', 'zebra is no argument of train.py'),
+    ('lr: 3e-3', "lr: '3e-3' is no float (YAML needs a point and a sign in it: 3.0e-3)"),
+    ('warmup_epochs: 3.0', 'warmup_epochs: 3.0 is no int'),
+    ('warmup_epochs: true', 'warmup_epochs: True is no int'),
+    ('warmup_epochs: null', 'warmup_epochs may not be null'),
+    ('amp: 1', 'amp: 1 is no bool'),
+    ('model: 18', 'model: 18 is no str'),
+    ('mean: 0.5', 'mean is a list, not 0.5'),
+    ('mean: [0.5, a]', "mean: 'a' is no float (YAML needs a point and a sign in it: 3.0e-3)"),
+    ('input_size: [3, 224]', 'input_size has 3 values, not 2'),
+    ('kind: medium', "kind: 'medium' is none of ['soft', 'hard']"),
+    ('model_kwargs: [width=8]', "model_kwargs: ['width=8'] is no mapping"),
+    ('- lr', 'it is no mapping of argument names to values'),
+    ('', 'it is no mapping of argument names to values'),
+])
+def test_check_config_finds_what_train_would_misread(script, text, problem):
+    problems = check_config(yaml.safe_load(text), read_options(script))
+    assert problems == ([] if problem is None else [problem])
+
+
+def test_check_command(script, tmp_path, capsys):
+    path = tmp_path / 'mine.yaml'
+    path.write_text('lr: 0.1\nwarmup_epoch: 3\n')
+    assert main(['recipe', '--check', str(path), '--train-script', script]) == 1
+    assert 'warmup_epoch is no argument' in capsys.readouterr().out
+    path.write_text('lr: 0.1\n')
+    assert main(['recipe', '--check', str(path), '--train-script', script]) == 0
+
+
+def test_check_says_what_is_missing(script, tmp_path, monkeypatch):
+    monkeypatch.delenv('TIMM_SCRIPTS', raising=False)
+    with pytest.raises(UserError, match='TIMM_SCRIPTS'):
+        train_script()
+    with pytest.raises(UserError, match='There is no'):
+        train_script(str(tmp_path / 'absent'))
+    monkeypatch.setenv('TIMM_SCRIPTS', str(tmp_path))
+    assert train_script() == script
+    (tmp_path / 'bad.yaml').write_text('a: [')
+    with pytest.raises(UserError, match='cannot be read as YAML'):
+        check_file(tmp_path / 'bad.yaml', script)
+    (tmp_path / 'other.py').write_text('import absent_package')
+    with pytest.raises(UserError, match="gives no parser: ModuleNotFoundError: No module named 'absent_package'"):
+        read_options(str(tmp_path / 'other.py'))
