@@ -154,12 +154,14 @@ def read_checkpoint_entries(path: Union[str, Path]) -> Dict[str, Any]:
         path: Checkpoint file, one that `read_state_dict` accepts.
 
     Returns:
-        Entries by name, their tensors left on disk where the format allows. None for safetensors and bare state dicts.
+        Entries by name, their tensors left on disk where the format allows. No entries for safetensors and bare state dicts.
     """
     if str(path).endswith('.safetensors'):
         return {}
     with torch.serialization.safe_globals([argparse.Namespace]):
         entries = torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
+    if not isinstance(entries, dict):
+        return {}
     return {key: value for key, value in entries.items() if not isinstance(value, torch.Tensor)}
 
 

@@ -4,6 +4,7 @@ Each `_add_<command>` declares the arguments and the function that runs it. Capa
 function, so that a missing extra only concerns the command that needs it.
 """
 import argparse
+import os
 import sys
 from typing import List, Optional
 
@@ -18,17 +19,23 @@ def main(argv: Optional[List[str]] = None) -> int:
         argv: Arguments, those of the process if None.
 
     Returns:
-        Exit status: 0 for success, 1 for an error that the user can mend, 2 for wrong arguments, 130 after Ctrl-C.
+        Exit status: 0 for success, 1 for an error that the user can mend, 2 for wrong arguments, 130 after Ctrl-C,
+        141 if nobody reads what is printed.
     """
     args = _parser().parse_args(argv)
     try:
-        return args.run(args) or 0
+        status = args.run(args) or 0
+        sys.stdout.flush()
+        return status
     except UserError as e:
         print(f'error: {e}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or flushing at exit would complain again
+        return 141
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -90,8 +97,6 @@ def _add_info(commands) -> None:
 
 def _run_info(args: argparse.Namespace) -> None:
     """Print sizes, multiply-adds, provenance and weights of a model, or what a checkpoint file holds."""
-    import os
-
     from timm.models import is_model, list_models
 
     from gmnet_timm.checkpoint import infer_architecture, read_state_dict

@@ -24,7 +24,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerNorm2d, LayerType, calculate_drop_path_rates, create_classifier, \
-    get_act_layer, get_device_dtype, get_norm_layer, trunc_normal_
+    get_act_layer, get_norm_layer, trunc_normal_
 from timm.models._builder import build_model_with_cfg
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import MATCH_PREV_GROUP, checkpoint_seq
@@ -288,7 +288,8 @@ class GmNet(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        dd = get_device_dtype(self)
+        p = next(self.parameters())
+        dd: Dict[str, Any] = {'device': p.device, 'dtype': p.dtype}
         self.num_classes = num_classes
         pool_type = self.global_pool.pool_type if global_pool is None else global_pool
         self.global_pool, self.head = create_classifier(self.num_features, num_classes, pool_type=pool_type, **dd)

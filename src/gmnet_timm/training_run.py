@@ -2,17 +2,15 @@
 
 Any file of the folder may be missing, empty or half written, because the folder of a killed run is when one asks.
 """
-import argparse
 import csv
 import dataclasses
 import math
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, TypeGuard, Union
 
-import torch
 import yaml
 
-from .checkpoint import infer_architecture, read_state_dict
+from .checkpoint import infer_architecture, read_checkpoint_entries, read_state_dict
 from .errors import MissingExtraError, UserError
 from .recipes import RECIPES, Layout, load_recipe
 
@@ -261,13 +259,11 @@ def _parse_row(row: Dict[str, str]) -> Optional[Epoch]:
 
 def _read_checkpoint(path: Path, notes: List[str]) -> Optional[RunCheckpoint]:
     try:
-        # Namespace holds train.py's arguments. Tensors stay on disk.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+        content = read_checkpoint_entries(path)
     except Exception as e:  # a damaged file can make the unpickler and the zip reader raise almost anything
         notes.append(f'{path.name} cannot be read and is no checkpoint to go on from: {_first_line(e)}')
         return None
-    if not isinstance(content, dict) or not isinstance(content.get('state_dict'), dict):
+    if not isinstance(content.get('state_dict'), dict):
         notes.append(f'{path.name} is no checkpoint of train.py')
         return None
     return RunCheckpoint(
@@ -340,15 +336,12 @@ def _describe_checkpoint(run: TrainingRun) -> str:
     best = run.best_checkpoint
     if best is None:
         return 'no readable checkpoint with a result'
-    state_dict = read_state_dict(best.path)
     ema = ', averaged weights' if best.ema else ''
     what = f'{best.path} (epoch {best.epoch}, {run.args.get("eval_metric", "top1")} {best.metric:.2f}{ema})'
-    if not all(bool(t.isfinite().all()) for t in state_dict.values()):
-        return f'nothing: the weights of {what} are not finite'
     try:
-        return f'{what}, {infer_architecture(state_dict).describe()}'
+        return f'{what}, {infer_architecture(read_state_dict(best.path)).describe()}'
     except UserError as e:
-        return f'nothing of GmNet: {what}. {e}'
+        return f'not {what}: {e}'
 
 
 def _same(value: Any, wanted: Any) -> bool:
