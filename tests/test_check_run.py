@@ -251,8 +251,8 @@ def test_plot_says_what_is_missing(run, monkeypatch):
         plot_run(read_run(run), 'run.png')
     monkeypatch.undo()
     pytest.importorskip('matplotlib')
-    with pytest.raises(UserError, match='cannot be written'):
-        plot_run(read_run(run), run / 'absent' / 'run.png')
+    with pytest.raises(UserError, match='Cannot write'):
+        plot_run(read_run(run), run / 'args.yaml' / 'run.png')
     (run / 'summary.csv').unlink()
     with pytest.raises(UserError, match='nothing to draw'):
         plot_run(read_run(run), 'run.png')

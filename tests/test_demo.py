@@ -22,7 +22,7 @@ from timm.models import load_checkpoint, load_state_dict
 
 pytest.importorskip('skimage')
 
-from gmnet_timm import demo
+from gmnet_timm import demo, photos
 from gmnet_timm.cli import main
 from gmnet_timm.errors import MissingExtraError, UserError
 
@@ -32,7 +32,7 @@ TINY_FLAGS = ['--patches', '8', '--batch-size', '16', '--epochs', '2', '--device
 
 @pytest.fixture(scope='module')
 def patches(tmp_path_factory):
-    return demo.prepare_photo_patches(tmp_path_factory.mktemp('patches') / 'data', patches=8, seed=1)
+    return photos.prepare_photo_patches(tmp_path_factory.mktemp('patches') / 'data', patches=8, seed=1)
 
 
 @pytest.fixture(scope='module')
@@ -61,9 +61,9 @@ def _assert_same_run(run, other):
 def test_patches_are_the_photographs_pixels(patches):
     """skimage.io, not the code under test, reads the photographs."""
     from skimage import data, io
-    for name, file in demo.PHOTOS.items():
+    for name, file in photos.PHOTOS.items():
         photo = io.imread(Path(data.__file__).parent / file)
-        for split in demo.SPLITS:
+        for split in photos.SPLITS:
             for path, row, col in _positions(patches, split, name):
                 expected = photo[row:row + 64, col:col + 64]
                 if expected.ndim == 3:
@@ -74,18 +74,18 @@ def test_patches_are_the_photographs_pixels(patches):
 
 
 def test_splits_share_no_row_and_keep_a_patch_height_apart(patches):
-    for name in demo.PHOTOS:
-        rows = {split: [row for _, row, _ in _positions(patches, split, name)] for split in demo.SPLITS}
+    for name in photos.PHOTOS:
+        rows = {split: [row for _, row, _ in _positions(patches, split, name)] for split in photos.SPLITS}
         assert min(rows['validation']) - (max(rows['train']) + 64) >= 64
-        bands = {split: patches.bands[split][name] for split in demo.SPLITS}
+        bands = {split: patches.bands[split][name] for split in photos.SPLITS}
         assert bands['validation'][0] - bands['train'][1] == 64
-        assert all(bands[s][0] <= row <= bands[s][1] - 64 for s in demo.SPLITS for row in rows[s])
+        assert all(bands[s][0] <= row <= bands[s][1] - 64 for s in photos.SPLITS for row in rows[s])
 
 
 def test_no_photograph_is_mostly_constant():
     rng = np.random.default_rng(0)
-    for name in demo.PHOTOS:
-        photo = demo.photo_pixels(name)
+    for name in photos.PHOTOS:
+        photo = photos.photo_pixels(name)
         corners = rng.integers(0, np.array(photo.shape) - 63, (200, 2))
         assert np.mean([photo[r:r + 64, c:c + 64].std() < 8 for r, c in corners]) < 1 / 3
 
@@ -102,7 +102,7 @@ def test_statistics_and_counts_are_of_the_files(patches):
 def test_timm_reads_the_patches(patches, split, count):
     dataset = create_dataset('', str(patches.root), split=split, input_img_mode='L')
     assert len(dataset) == count
-    assert list(dataset.reader.class_to_idx) == list(patches.classes) == sorted(demo.PHOTOS)
+    assert list(dataset.reader.class_to_idx) == list(patches.classes) == sorted(photos.PHOTOS)
 
 
 def test_patches_are_reused_or_rebuilt(tmp_path):
@@ -111,13 +111,13 @@ def test_patches_are_reused_or_rebuilt(tmp_path):
     def state():
         return {p: p.stat().st_mtime_ns for p in root.rglob('*.png')}
 
-    first = demo.prepare_photo_patches(root, patches=2)
+    first = photos.prepare_photo_patches(root, patches=2)
     before = state()
-    assert demo.prepare_photo_patches(root, patches=2) == first
+    assert photos.prepare_photo_patches(root, patches=2) == first
     assert state() == before
-    other = demo.prepare_photo_patches(root, patches=2, seed=7)
+    other = photos.prepare_photo_patches(root, patches=2, seed=7)
     assert {p.name for p in state()} != {p.name for p in before} and other.mean != first.mean
-    assert demo.prepare_photo_patches(root, patches=2) == first
+    assert photos.prepare_photo_patches(root, patches=2) == first
     assert {p for p in state()} == set(before)
     assert [p.name for p in tmp_path.iterdir()] == ['data']
 
@@ -125,7 +125,7 @@ def test_patches_are_reused_or_rebuilt(tmp_path):
 def test_a_foreign_folder_is_left_alone(tmp_path):
     (tmp_path / 'mine.txt').write_text('x')
     with pytest.raises(UserError, match='left as it is'):
-        demo.prepare_photo_patches(tmp_path, patches=1)
+        photos.prepare_photo_patches(tmp_path, patches=1)
     assert [p.name for p in tmp_path.iterdir()] == ['mine.txt']
 
 
@@ -147,7 +147,7 @@ def test_exported_model_is_the_best_checkpoint(report):
     with torch.inference_mode():
         assert torch.equal(model(x), other(x))
     config = json.loads((report.model / 'config.json').read_text())
-    assert config['label_names'] == sorted(demo.PHOTOS)
+    assert config['label_names'] == sorted(photos.PHOTOS)
     assert config['pretrained_cfg']['input_size'] == [1, 64, 64]
 
 

@@ -21,7 +21,6 @@ from gmnet_timm.recipes import (
     load_recipe,
     plan_layout,
     slurm_script,
-    write_new,
 )
 from gmnet_timm.recipes.train_parser import Option, check_config, check_file, read_options, train_script
 
@@ -163,26 +162,6 @@ def test_slurm_script_runs_and_resumes(tmp_path):
     (tmp_path / 'runs' / 'gmnet_s3').mkdir(parents=True)
     (tmp_path / 'runs' / 'gmnet_s3' / 'last.pth.tar').touch()
     assert run() == [*argv, '--resume', 'runs/gmnet_s3/last.pth.tar']
-
-
-def test_write_new_does_not_overwrite_and_leaves_nothing_half_done(tmp_path, monkeypatch):
-    path = tmp_path / 'recipe.yaml'
-    write_new(path, 'one')
-    with pytest.raises(RecipeError, match='exists'):
-        write_new(path, 'two')
-    assert path.read_text() == 'one'
-    write_new(path, 'two', force=True)
-    assert path.read_text() == 'two'
-
-    def full(*_):
-        raise OSError('disk full')
-
-    monkeypatch.setattr(os, 'replace', full)
-    with pytest.raises(OSError, match='disk full'):
-        write_new(path, 'three', force=True)
-    assert os.listdir(tmp_path) == ['recipe.yaml'] and path.read_text() == 'two'
-    with pytest.raises(RecipeError, match='no folder'):
-        write_new(tmp_path / 'absent' / 'recipe.yaml', 'one')
 
 
 def test_command_prints_one_yaml_file_with_the_commands_in_it(capsys):

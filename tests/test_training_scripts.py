@@ -20,7 +20,7 @@ import yaml
 from timm.models import load_state_dict, save_for_hf
 
 import gmnet_timm.recipes
-from gmnet_timm.demo import PHOTOS, prepare_photo_patches
+from gmnet_timm.photos import PHOTOS, prepare_photo_patches
 from gmnet_timm.recipes import RECIPES, compose_recipe, load_recipe, plan_layout
 from gmnet_timm.recipes.train_parser import check_config, read_options
 from gmnet_timm.training_run import read_run, symptoms

@@ -154,7 +154,7 @@ def read_checkpoint_entries(path: Union[str, Path]) -> Dict[str, Any]:
         path: Checkpoint file, one that `read_state_dict` accepts.
 
     Returns:
-        Entries by name, their tensors left on disk where the format allows. No entries for safetensors and bare state dicts.
+        Entries by name, their tensors left on disk where the format allows. None for safetensors and bare state dicts.
     """
     if str(path).endswith('.safetensors'):
         return {}

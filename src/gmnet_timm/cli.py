@@ -10,6 +10,7 @@ from typing import List, Optional
 
 from gmnet_timm import __version__
 from gmnet_timm.errors import UserError
+from gmnet_timm.files import write_text
 
 
 def main(argv: Optional[List[str]] = None) -> int:
@@ -320,7 +321,7 @@ def _run_recipe(args: argparse.Namespace) -> int:
         print('# To train, with the above in recipe.yaml:')
         print(''.join(f'# {line.removeprefix("# ")}\n' for line in commands.splitlines()), end='')
         return 0
-    recipes.write_new(args.output, text, force=args.force)
+    write_text(args.output, text, force=args.force)
     print(f'{args.output}: {layout}', file=sys.stderr)
     print(recipes.slurm_script(layout, config, run, args.data_dir) if args.slurm else commands, end='')
     return 0

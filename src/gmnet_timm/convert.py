@@ -1,20 +1,18 @@
 """Writing weights: in another format or precision, whole or not at all, and never over something else unasked."""
-import contextlib
 import json
-import os
-import secrets
 import struct
 from pathlib import Path
-from typing import Dict, Iterator, Optional, Union
+from typing import Dict, Optional, Union
 
 import torch
 from safetensors.torch import save
 
 from .checkpoint import CheckpointError, infer_architecture, read_state_dict, require_ema
 from .errors import UserError
+from .files import replacing
 from .integrity import SHA256_KEY, weights_sha256
 
-__all__ = ['cast', 'convert', 'replacing', 'save_weights']
+__all__ = ['cast', 'convert', 'save_weights']
 
 SUFFIXES = ('.safetensors', '.pth.tar', '.pth', '.pt', '.bin')
 
@@ -101,22 +99,3 @@ def _safetensors(state_dict: Dict[str, torch.Tensor]) -> bytes:
     header = json.dumps({'__metadata__': metadata, **json.loads(raw[8:start])}, separators=(',', ':')).encode()
     header += b' ' * (-len(header) % 8)  # keeps the tensors aligned
     return struct.pack('<Q', len(header)) + header + raw[start:]
-
-
-@contextlib.contextmanager
-def replacing(path: Path, force: bool = False) -> Iterator[Path]:
-    """A temporary name beside `path` that takes its place at the end of the block, and vanishes if the block raises.
-
-    Raises:
-        UserError: `path` exists and `force` is not set, or it cannot be written.
-    """
-    if path.exists() and not force:
-        raise UserError(f'{path} exists: choose another name, or give --force to replace it.')
-    temporary = path.with_name(f'.{secrets.token_hex(4)}-{path.name}')
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as e:
-        raise UserError(f'Cannot write {path}: {e}') from e
-    finally:
-        temporary.unlink(missing_ok=True)

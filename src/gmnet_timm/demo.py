@@ -1,55 +1,26 @@
 """Short training on real photographs, with timm's own parts, that ends in a model folder and a picture to look at.
 
-The photographs are the ones that scikit-image's wheel carries, nothing is downloaded. Each is one class. Its patches
-are cut from two bands of rows, the upper for training and the lower for validation, a patch height apart.
-
 What it measures: that a GmNet learns, in minutes, to tell patches of eight known photographs apart by texture and
 structure, on rows of them that it has not seen. What it does not: how well GmNet recognises new photographs or objects,
 and anything about its quality on ImageNet.
-
-Photographs and their licences, as scikit-image's documentation of `skimage.data` states them:
-
-| class | licence |
-|---|---|
-| brick | CC0 (CC0Textures) |
-| camera | CC0 (Lav Varshney) |
-| chelsea | CC0 (Stefan van der Walt) |
-| coins | no known copyright restrictions (Brooklyn Museum) |
-| grass | CC0 (linolafett) |
-| gravel | CC0 (CC0Textures) |
-| hubble | public domain (NASA) |
-| ihc | no known copyright restrictions (Center for Microscopy and Molecular Imaging) |
-
-Left out, although free: cell, clock, retina and rocket, where a third or more of the patches is nearly constant
-(standard deviation below 8 of 255 grey levels); astronaut and coffee, whose upper and lower rows show different things,
-so that the lower are no test of having learnt the upper (camera is such a photograph too: expect its patches to be most
-of the errors). Left out because no licence is stated: moon, motorcycle, page.
 """
 import argparse
 import csv
-import errno
 import importlib.util
 import io
-import json
-import os
 import random
-import shutil
 import sys
-import tempfile
 import time
 import zipfile
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Tuple, Union, cast
+from typing import Any, Dict, List, Tuple, cast
 
-import numpy as np
 import timm
 import torch
 import torch.nn as nn
 import yaml
 from PIL import Image, ImageDraw, ImageFont
-from safetensors import SafetensorError
 from timm.data import create_dataset, create_loader, create_transform, resolve_model_data_config
 from timm.models import load_checkpoint, save_for_hf
 from timm.optim import create_optimizer_v2
@@ -58,47 +29,10 @@ from timm.task import ClassificationTask, resume_task_checkpoint
 from timm.utils import AverageMeter, CheckpointSaver, accuracy, random_seed, update_summary
 
 from gmnet_timm.errors import MissingExtraError, UserError
+from gmnet_timm.files import write_text, writing
+from gmnet_timm.photos import PATCH_SIZE, PHOTOS, SPLITS, PathLike, PhotoPatches, prepare_photo_patches
 
-__all__ = ['PHOTOS', 'DemoReport', 'PhotoPatches', 'photo_pixels', 'prepare_photo_patches', 'run_demo']
-
-# class -> file in skimage/data, in the order of timm's class indices
-PHOTOS = {
-    'brick': 'brick.png',
-    'camera': 'camera.png',
-    'chelsea': 'chelsea.png',
-    'coins': 'coins.png',
-    'grass': 'grass.png',
-    'gravel': 'gravel.png',
-    'hubble': 'hubble_deep_field.jpg',
-    'ihc': 'ihc.png',
-}
-PATCH_SIZE = 64
-SPLITS = ('train', 'validation')
-MANIFEST = 'patches.json'
-PathLike = Union[str, 'os.PathLike[str]']
-
-
-@dataclass(frozen=True)
-class PhotoPatches:
-    """A folder of greyscale patches that `timm.data.create_dataset` and train.py's `--data-dir` read.
-
-    Attributes:
-        root: Folder with `train/CLASS/*.png`, `validation/CLASS/*.png` and the manifest `patches.json`. A patch is
-            named by the row and column of its top left pixel in the photograph.
-        classes: Names of the classes in the order of their indices.
-        mean: Mean of all training pixels, in 0…1.
-        std: Standard deviation of all training pixels, in 0…1.
-        num_train: Number of training patches.
-        num_val: Number of validation patches.
-        bands: Rows of the photograph, first and one past the last, that the patches of a split and class were cut from.
-    """
-    root: Path
-    classes: Tuple[str, ...]
-    mean: float
-    std: float
-    num_train: int
-    num_val: int
-    bands: Dict[str, Dict[str, Tuple[int, int]]]
+__all__ = ['DemoReport', 'run_demo']
 
 
 @dataclass(frozen=True)
@@ -133,117 +67,6 @@ class DemoReport:
             'photographs or about ImageNet.\n'
             f"Use the model:   timm.create_model('local-dir:{self.model}', pretrained=True)"
         )
-
-
-def photo_pixels(name: str) -> np.ndarray:
-    """Read a photograph that scikit-image's wheel carries, never downloading.
-
-    Args:
-        name: A key of `PHOTOS`.
-
-    Returns:
-        Grey levels (H, W), uint8.
-    """
-    spec = importlib.util.find_spec('skimage')
-    if spec is None or not spec.submodule_search_locations:
-        raise MissingExtraError('scikit-image', 'demo')
-    path = Path(next(iter(spec.submodule_search_locations)), 'data', PHOTOS[name])
-    if not path.is_file():
-        raise UserError(f'The installed scikit-image does not carry {path.name}, looked for {path}')
-    with Image.open(path) as image:
-        return np.asarray(image.convert('L'))
-
-
-def prepare_photo_patches(root: PathLike, *, patches: int = 320, seed: int = 42) -> PhotoPatches:
-    """Write the patches, or recognise those that an earlier call with the same arguments wrote.
-
-    A folder with patches of other arguments is replaced, any other folder that is not empty is left alone.
-
-    Args:
-        root: Folder to write.
-        patches: Training patches a class, a quarter as many for validation.
-        seed: Seed of the positions.
-
-    Returns:
-        The patches' folder, classes and statistics.
-    """
-    root = Path(root)
-    wanted = {'format': 1, 'patches': patches, 'seed': seed, 'size': PATCH_SIZE, 'photos': PHOTOS}
-    manifest = _read_manifest(root)
-    if manifest is None or manifest['parameters'] != wanted:
-        if manifest is None and root.exists() and (not root.is_dir() or any(root.iterdir())):
-            raise UserError(f'{root} is not a folder of photo patches, it is left as it is. Choose another folder.')
-        manifest = _build_patches(root, wanted)
-    return PhotoPatches(
-        root=root,
-        classes=tuple(sorted(PHOTOS)),
-        mean=manifest['mean'],
-        std=manifest['std'],
-        num_train=len(PHOTOS) * patches,
-        num_val=len(PHOTOS) * max(1, patches // 4),
-        bands={split: {name: (lo, hi) for name, (lo, hi) in b.items()} for split, b in manifest['bands'].items()},
-    )
-
-
-def _read_manifest(root: Path) -> Optional[Dict[str, Any]]:
-    try:
-        return json.loads((root / MANIFEST).read_text())
-    except (OSError, ValueError):
-        return None
-
-
-def _build_patches(root: Path, parameters: Dict[str, Any]) -> Dict[str, Any]:
-    """Write a complete tree beside `root`, then rename it, so that an interrupted call leaves nothing half done."""
-    rng = np.random.default_rng(parameters['seed'])
-    photos = {name: photo_pixels(name) for name in sorted(PHOTOS)}
-    bands = {split: {name: _band(len(photo), split) for name, photo in photos.items()} for split in SPLITS}
-    counts = {'train': parameters['patches'], 'validation': max(1, parameters['patches'] // 4)}
-    with _writing(root):
-        root.parent.mkdir(parents=True, exist_ok=True)
-        tmp = Path(tempfile.mkdtemp(prefix=f'.{root.name}-', dir=root.parent))
-        try:
-            pixels = [
-                _write_patches(tmp / split / name, photo, bands[split][name], counts[split], rng)
-                for split in SPLITS
-                for name, photo in photos.items()
-            ]
-            train = np.concatenate(pixels[:len(photos)]) / 255.
-            manifest = dict(parameters=parameters, bands=bands, mean=float(train.mean()), std=float(train.std()))
-            (tmp / MANIFEST).write_text(json.dumps(manifest, indent=2))
-            tmp.chmod(0o755)  # mkdtemp makes it private
-            if root.exists():
-                shutil.rmtree(root)
-            tmp.rename(root)
-        finally:
-            shutil.rmtree(tmp, ignore_errors=True)
-    return json.loads(json.dumps(manifest))
-
-
-def _band(height: int, split: str) -> Tuple[int, int]:
-    """Rows of a split: the upper ones train, the lower ones validate, a patch height between them is unused."""
-    usable = height - PATCH_SIZE
-    val_height = max(PATCH_SIZE, int(.35 * usable))
-    return (0, usable - val_height) if split == 'train' else (height - val_height, height)
-
-
-def _write_patches(
-        folder: Path,
-        photo: np.ndarray,
-        band: Tuple[int, int],
-        count: int,
-        rng: np.random.Generator,
-) -> np.ndarray:
-    """Cut patches at different random positions of a band, returns their pixels (count, size, size)."""
-    folder.mkdir(parents=True)
-    rows, cols = band[1] - band[0] - PATCH_SIZE + 1, photo.shape[1] - PATCH_SIZE + 1
-    if count > rows * cols:
-        raise UserError(f'{folder.name} has only {rows * cols} positions for {count} patches')
-    pixels = np.empty((count, PATCH_SIZE, PATCH_SIZE), np.uint8)
-    for i, position in enumerate(rng.choice(rows * cols, count, replace=False)):
-        row, col = band[0] + int(position) // cols, int(position) % cols
-        pixels[i] = photo[row:row + PATCH_SIZE, col:col + PATCH_SIZE]
-        Image.fromarray(pixels[i]).save(folder / f'r{row:04d}-c{col:04d}.png')
-    return pixels
 
 
 # What a run can be given, and its defaults. A resumed run goes on with its own.
@@ -282,12 +105,12 @@ def run_demo(
     output = Path(output)
     run = output / 'run'
     device = _resolve_device(device)
-    with _writing(output):
+    with writing(output):
         settings = _resumed_settings(run, settings) if resume else _new_settings(run, settings)
         data = prepare_photo_patches(output / 'data', patches=settings['patches'], seed=settings['seed'])
         args = _train_args(settings, data, device, workers)
         run.mkdir(exist_ok=True)
-        _write_text(run / 'args.yaml', yaml.safe_dump(vars(args)))
+        write_text(run / 'args.yaml', yaml.safe_dump(vars(args)))
     try:
         top1, best_epoch = _train(args, run)
         model = _export(args, data, run / 'model_best.pth.tar', output / 'model')
@@ -429,7 +252,7 @@ def _train(args: argparse.Namespace, run: Path) -> Tuple[float, int]:
         random_seed(args.seed, rank=epoch + 1)
         train_metrics = _train_epoch(task, loader, optimizer, scheduler, epoch)
         metrics = _validate(model, val_loader)
-        with _writing(run, GO_ON):
+        with writing(run, GO_ON):
             # in this order: a row without its checkpoint is dropped on resuming, the reverse would lose the row
             update_summary(
                 epoch,
@@ -489,7 +312,7 @@ def _restore(task: ClassificationTask, optimizer, saver: CheckpointSaver, run: P
         start = (resume_task_checkpoint(task, str(last), optimizer, log_info=False) if last.exists() else None) or 0
     except (OSError, RuntimeError, EOFError, KeyError) as e:
         raise UserError(f'{last} is damaged. Copy the newest {run}/checkpoint-*.pth.tar over it and go on.') from e
-    with _writing(run, GO_ON):
+    with writing(run, GO_ON):
         rows = _trim_summary(run / 'summary.csv', start)
         if start:
             top1 = {int(row['epoch']): float(row['eval_top1']) for row in rows}
@@ -516,7 +339,7 @@ def _trim_summary(path: Path, epochs: int) -> List[Dict[str, str]]:
         writer = csv.DictWriter(text, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
-    _write_text(path, text.getvalue())
+    write_text(path, text.getvalue())
     return rows
 
 
@@ -524,7 +347,7 @@ def _export(args: argparse.Namespace, data: PhotoPatches, checkpoint: Path, fold
     """Save the best model as a `local-dir:` folder and load it back, returns the loaded model."""
     model = _create_model(args).eval()
     load_checkpoint(model, str(checkpoint))
-    with _writing(folder, GO_ON):
+    with writing(folder, GO_ON):
         save_for_hf(
             model,
             str(folder),
@@ -568,25 +391,6 @@ def _draw_contact_sheet(model: nn.Module, data: PhotoPatches, path: Path, seed: 
             sheet.paste(patch.resize((tile, tile), Image.Resampling.NEAREST), (x + pad, y + pad))
             caption = f'truth: {name}\nmodel: {said}\n{100 * confidence:.0f} %{"  WRONG" if wrong else ""}'
             draw.text((x + pad, y + pad + tile + 4), caption, 255 if wrong else 0, font)
-    with _writing(path, GO_ON):
+    with writing(path, GO_ON):
         sheet.save(path)
     return path
-
-
-def _write_text(path: Path, text: str) -> None:
-    tmp = path.with_name(f'.{path.name}.tmp')
-    tmp.write_text(text)
-    tmp.replace(path)
-
-
-@contextmanager
-def _writing(path: Path, hint: str = '') -> Iterator[None]:
-    """Turn what goes wrong while writing into an error that says where. torch reports a full disk as RuntimeError."""
-    try:
-        yield
-    except (OSError, RuntimeError, SafetensorError) as e:
-        existing = next(p for p in (path, *path.absolute().parents) if p.exists())
-        free = shutil.disk_usage(existing).free / 1e6
-        full = getattr(e, 'errno', None) == errno.ENOSPC or free < 1
-        reason = 'the disk is full' if full else str(e)
-        raise UserError(f'Cannot write {path}: {reason} ({free:,.0f} MB free).{hint}') from e

@@ -195,14 +195,14 @@ def _write_files(source: Source, folder: Path, card: str, license: str) -> None:
     save_weights(model.state_dict(), folder / WEIGHTS_NAME)
     save_config_for_hf(
         model,
-        folder / CONFIG_NAME,  # type: ignore[arg-type]  # timm 1.0.29 says str and needs a Path
+        folder / CONFIG_NAME,  # type: ignore[arg-type]  # timm before 1.0.30 says str and needs a Path
         model_config={'label_names': source.label_names, 'global_pool': architecture.global_pool},
     )
     config = json.loads((folder / CONFIG_NAME).read_text(encoding='utf-8'))
     config.pop('model_args', None)
     if model_args := _model_args(architecture.model_args):
         config['model_args'] = model_args
-    if architecture.in_chans not in (1, 3):  # timm 1.0.29 would adapt this convolution from three channels, and drop it
+    if architecture.in_chans not in (1, 3):  # timm before 1.0.30 would adapt it from three channels, and drop it
         config['pretrained_cfg']['first_conv'] = None
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
     (folder / CARD_NAME).write_text(card, encoding='utf-8')

@@ -12,6 +12,7 @@ import yaml
 
 from .checkpoint import infer_architecture, read_checkpoint_entries, read_state_dict
 from .errors import MissingExtraError, UserError
+from .files import replacing
 from .recipes import RECIPES, Layout, load_recipe
 
 __all__ = ['Epoch', 'RunCheckpoint', 'TrainingRun', 'deviations', 'format_run', 'plot_run', 'read_run', 'symptoms']
@@ -202,10 +203,8 @@ def plot_run(run: TrainingRun, path: Union[str, Path]) -> None:
     top1.set(ylabel='top-1 (%)')
     lr.set(ylabel='learning rate', xlabel='epoch')
     lr.xaxis.get_major_locator().set_params(integer=True)
-    try:
-        figure.savefig(path, format='png')
-    except OSError as e:
-        raise UserError(f'{path} cannot be written: {_first_line(e)}') from e
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format='png')
 
 
 def _read_args(path: Path, notes: List[str]) -> Dict[str, Any]:

@@ -6,6 +6,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 import torch
 
 from gmnet_timm.errors import MissingExtraError, UserError
+from gmnet_timm.files import replacing
 
 from .spectra import LayerSpectrum
 from .split import radial_power_spectrum
@@ -207,7 +208,7 @@ def _finish(figure, path: Path, title: str, labelled_axis) -> None:
 
 def _save(figure, path: Path) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=130)
-    except (OSError, ValueError) as e:  # ValueError: no such format
+        with replacing(path) as temporary:
+            figure.savefig(temporary, dpi=130)
+    except ValueError as e:  # matplotlib knows no such format
         raise UserError(f'Cannot write {path}: {e}') from e

@@ -1,7 +1,7 @@
 """Band accuracies of models and of training runs as tables, with everything needed to repeat them."""
 import csv
+import io
 import json
-import os
 import platform
 import sys
 from dataclasses import asdict, dataclass
@@ -13,6 +13,7 @@ import torch
 
 from gmnet_timm import __version__
 from gmnet_timm.errors import UserError
+from gmnet_timm.files import write_text
 
 from .bands import SplitOptions, evaluate_bands
 from .data import create_band_loader
@@ -197,38 +198,16 @@ def read_csv(path: Path) -> List[Dict[str, str]]:
 def write_csv(rows: Sequence[Dict[str, Any]], path: Path) -> None:
     """Write lines, the columns of the first one first. The file is complete or the old one at any time."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
-    with _replacing(path) as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO(newline='')
+    writer = csv.DictWriter(text, columns)
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def write_json(data: Any, path: Path) -> None:
     """Write JSON. The file is complete or the old one at any time."""
-    with _replacing(path) as file:
-        json.dump(data, file, indent=2)
-        file.write('\n')
-
-
-class _replacing:
-    """Open a text file that takes the place of `path` when it is complete."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.partial = path.with_name(path.name + '.partial')
-
-    def __enter__(self):
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = self.partial.open('w', newline='')
-        except OSError as e:
-            raise UserError(f'Cannot write {self.path}: {e}') from e
-        return self.file
-
-    def __exit__(self, kind, *_):
-        self.file.close()
-        if kind is None:
-            os.replace(self.partial, self.path)
+    write_text(path, json.dumps(data, indent=2) + '\n')
 
 
 def _settings_columns(report: Dict[str, Any]) -> Dict[str, Any]:

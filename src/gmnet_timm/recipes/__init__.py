@@ -4,12 +4,10 @@ A recipe is a YAML file for `train.py -c`. What stays fixed when the number of G
 step: GPUs x batch size x accumulation. The published one is 2048.
 """
 import dataclasses
-import os
 import re
 import shlex
-import tempfile
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Union
+from typing import Any, Dict, List, Optional
 
 import yaml
 
@@ -17,7 +15,7 @@ from gmnet_timm.errors import UserError
 
 __all__ = [
     'RECIPES', 'Layout', 'RecipeError', 'compose_recipe', 'images_a_step', 'launch_commands', 'load_recipe',
-    'plan_layout', 'run_name', 'slurm_script', 'write_new',
+    'plan_layout', 'run_name', 'slurm_script',
 ]
 
 # recipe -> images a step that its learning rates are for
@@ -186,33 +184,6 @@ srun torchrun --nnodes={layout.nodes} --nproc_per_node={per_node} --rdzv_id="$SL
     --rdzv_backend=c10d --rdzv_endpoint="$HEAD_NODE:29500" \\
     {_script_call(config, run, data_dir)} "${{resume[@]}}"
 '''
-
-
-def write_new(path: Union[str, Path], text: str, force: bool = False) -> None:
-    """Write a file whole or not at all.
-
-    Args:
-        path: File to write.
-        text: Its content.
-        force: Replace a file that is there already.
-
-    Raises:
-        RecipeError: The file exists, or its folder does not.
-    """
-    path = Path(path)
-    if path.exists() and not force:
-        raise RecipeError(f'{path} exists. Give another name, or --force to replace it.')
-    if not path.parent.is_dir():
-        raise RecipeError(f'{path.parent} is no folder. Create it first.')
-    fd, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-    try:
-        with os.fdopen(fd, 'w', encoding='utf-8') as f:
-            f.write(text)
-        os.chmod(temporary, 0o644)  # mkstemp keeps the file to its owner, a recipe is for sharing
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _recipe_text(name: str) -> str:
