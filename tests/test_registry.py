@@ -111,7 +111,7 @@ def test_a_broken_plugin_is_a_warning(tmp_path, python_args):
         import torch, timm
         print(timm.is_model('resnet18'))
     ''', *python_args, env={'PYTHONPATH': str(tmp_path)})
-    assert output.endswith('True')
+    assert 'True' in output.splitlines()
     assert ('broken on purpose' in output) == (not python_args)
 
 
@@ -204,16 +204,16 @@ LOAD = '''
     import sys, timm, torch
     model = timm.create_model(sys.argv[1], pretrained=True).eval()
     assert 'gmnet_timm.gmnet' in sys.modules
-    print(model(torch.linspace(-1, 1, 2 * 32 * 32).view(1, 2, 32, 32)).sum().item())
+    print(model(torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)).sum().item())
 '''
 
 
 @pytest.fixture
 def saved(tmp_path):
     """A saved model with other arguments than the registered ones, and what LOAD prints for it."""
-    model = create('gmnet_s1', num_classes=3, in_chans=2, depths=(1, 1, 1, 1))
-    save_for_hf(model, tmp_path / 'model', model_args=dict(in_chans=2, depths=(1, 1, 1, 1)))
-    output = model(torch.linspace(-1, 1, 2 * 32 * 32).view(1, 2, 32, 32)).sum().item()
+    model = create('gmnet_s1', num_classes=3, depths=(1, 1, 1, 1))
+    save_for_hf(model, tmp_path / 'model', model_args=dict(depths=(1, 1, 1, 1)))
+    output = model(torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)).sum().item()
     return tmp_path / 'model', output
 
 

@@ -120,7 +120,7 @@ def _as_float(images: torch.Tensor) -> torch.Tensor:
 def check_radii(radii: Sequence[float]) -> None:
     if not radii or not all(r >= 0 for r in radii):
         raise UserError(f'Radii must be numbers from 0 on, in cycles per image, got {list(radii)}.')
-    if any(a >= b for a, b in zip(radii, radii[1:], strict=False)):
+    if any(radii[i] >= radii[i + 1] for i in range(len(radii) - 1)):
         raise UserError(f'Radii must increase, got {list(radii)}.')
 
 
