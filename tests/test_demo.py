@@ -302,7 +302,7 @@ def test_full_disk(size, report, tmp_path, capsys):
             subprocess.run(['mount', '-o', 'remount,size=1g', str(tmp_path)], check=True)
             _assert_same_run(demo.run_demo(tmp_path / 'out', resume=True).run, report.run)
     finally:
-        subprocess.run(['umount', str(tmp_path)], check=True)
+        subprocess.run(['umount', '--lazy', str(tmp_path)], check=True)  # files may still be open in a traceback
 
 
 @pytest.mark.slow
