@@ -20,6 +20,7 @@ import yaml
 from timm.models import load_state_dict, save_for_hf
 
 import gmnet_timm.recipes
+from gmnet_timm.checkpoint import infer_architecture
 from gmnet_timm.photos import PHOTOS, prepare_photo_patches
 from gmnet_timm.recipes import RECIPES, compose_recipe, load_recipe, plan_layout
 from gmnet_timm.recipes.train_parser import check_config, read_options
@@ -386,3 +387,24 @@ def test_avg_and_clean_checkpoint(work, run, trained):
     assert len(files) == 3
     mean = sum(load_state_dict(str(path))['head.weight'].double() for path in files) / 3
     torch.testing.assert_close(averaged['head.weight'].double(), mean)
+
+
+@pytest.mark.slow
+def test_device_modules_in_place_of_the_autoload(train, monkeypatch):
+    monkeypatch.setenv('GMNET_TIMM_AUTOLOAD', '0')
+    folder = train('device-modules', *TINY, *ONE_EPOCH, '--device-modules', 'gmnet_timm')
+    assert summary(folder)[0]['train_loss'] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('gate', ['fc', 'dw', 'ln'])
+def test_ablations_of_the_paper(gate, train):
+    folder = train(f'gate-{gate}', *TINY, f'gate={gate}', 'act_layer=gelu', *ONE_EPOCH)
+    architecture = infer_architecture(load_state_dict(str(folder / 'last.pth.tar')))
+    assert architecture.gate == gate and summary(folder)[0]['train_loss'] > 0
+
+
+@pytest.mark.slow
+def test_subjects_of_the_paper(train):
+    folder = train('subject', '--model', 'resnet18_gate_relu6', *ONE_EPOCH)
+    assert summary(folder)[0]['train_loss'] > 0
