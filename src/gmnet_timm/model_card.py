@@ -67,7 +67,7 @@ def model_card(
     sections = [
         f'# {name}\n\n{_description(source)}',
         f'## Model\n\n{_facts(source)}',
-        f'## Use\n\n{_usage(model_id)}',
+        f'## Use\n\n{_usage(model_id, source.data_config["input_size"])}',
         f'## Evaluation\n\n{_evaluation(source, datasets)}',
         f'## Training\n\n{_training(source, datasets)}',
         f'## Limits\n\n{_limits(source)}',
@@ -115,9 +115,8 @@ def _certainty(source: Source) -> str:
     return f"{size}, reconstructed from the paper's parameters and FLOPs: the authors released no code for this size"
 
 
-def _usage(model_id: str) -> str:
-    transformers_id = model_id.split(':', 1)[1]
-    return f'''```
+def _usage(model_id: str, input_size: Sequence[int]) -> str:
+    sections = [f'''```
 pip install gmnet-timm
 ```
 
@@ -129,22 +128,31 @@ import torch
 from PIL import Image
 
 model = timm.create_model('{model_id}', pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-image = Image.new('RGB', (320, 240))  # in place of yours: Image.open('photo.jpg').convert('RGB')
+{_usage_input(input_size)}
 with torch.no_grad():
-    probabilities = model(transform(image).unsqueeze(0)).softmax(-1)
+    probabilities = model(images).softmax(-1)
 print(probabilities.topk(min(5, model.num_classes)))
-```
-
-With transformers (`pip install transformers`):
+```''']
+    if input_size[0] == 3:
+        sections.append(f'''With transformers (`pip install transformers`):
 
 ```python
 from PIL import Image
 from transformers import pipeline
 
-classify = pipeline('image-classification', model='{transformers_id}')
+classify = pipeline('image-classification', model='{model_id.split(':', 1)[1]}')
 print(classify(Image.new('RGB', (320, 240))))
-```'''
+```''')
+    return '\n\n'.join(sections)
+
+
+def _usage_input(input_size: Sequence[int]) -> str:
+    mode = {1: 'L', 3: 'RGB'}.get(input_size[0])
+    if mode is None:
+        return f'images = torch.randn(1, {", ".join(map(str, input_size))})  # in place of yours, normalised'
+    return f'''transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+image = Image.new('{mode}', (320, 240))  # in place of yours: Image.open('photo.jpg').convert('{mode}')
+images = transform(image).unsqueeze(0)'''
 
 
 def _evaluation(source: Source, datasets: Sequence[str]) -> str:
@@ -179,6 +187,8 @@ def _limits(source: Source) -> str:
         'Any height and width of at least 32 pixels work, but accuracies hold for the input size above.',
         *source.notes,
     ]
+    if source.architecture.in_chans != 3:
+        limits.append('transformers gives models three channels, so its pipeline does not take this one: use timm.')
     return '\n'.join(f'- {limit}' for limit in limits)
 
 
