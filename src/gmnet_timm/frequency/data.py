@@ -100,7 +100,8 @@ def create_band_loader(
     try:
         images = create_dataset(dataset, root, split=split, class_map=class_map, input_img_mode=img_mode)  # type: ignore[arg-type]
     except (RuntimeError, OSError, AssertionError, ValueError, ImportError) as e:
-        raise UserError(f'The data {dataset or root} cannot be read: {e}') from e
+        reason = str(e) or 'no such folder, or none with images below it'  # timm asserts without a word
+        raise UserError(f'The data {dataset or root} cannot be read: {reason}.') from e
     if isinstance(images, IterableDataset):
         raise UserError(f'{dataset} is a stream, which has no exact split. Use a folder or an indexed dataset.')
     if len(images) == 0:
