@@ -34,7 +34,8 @@ def main() -> None:
     with torch.inference_mode():
         torch.testing.assert_close(folded(x), plain(x), rtol=1e-4, atol=1e-4)
         for _ in range(5):
-            timed(plain, x), timed(folded, x)
+            timed(plain, x)
+            timed(folded, x)
         times = [(timed(plain, x), timed(folded, x)) for _ in range(args.turns)]
 
     norms = [sum(isinstance(m, torch.nn.BatchNorm2d) for m in model.modules()) for model in (plain, folded)]
