@@ -28,6 +28,7 @@ from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask, resume_task_checkpoint
 from timm.utils import AverageMeter, CheckpointSaver, accuracy, random_seed, update_summary
 
+from gmnet_timm.device import resolve_device
 from gmnet_timm.errors import MissingExtraError, UserError
 from gmnet_timm.files import write_text, writing
 from gmnet_timm.photos import PATCH_SIZE, PHOTOS, SPLITS, PathLike, PhotoPatches, prepare_photo_patches
@@ -104,7 +105,7 @@ def run_demo(
             raise MissingExtraError(package, 'demo')
     output = Path(output)
     run = output / 'run'
-    device = _resolve_device(device)
+    device = resolve_device(device)
     with writing(output):
         settings = _resumed_settings(run, settings) if resume else _new_settings(run, settings)
         data = prepare_photo_patches(output / 'data', patches=settings['patches'], seed=settings['seed'])
@@ -158,16 +159,6 @@ def _resumed_settings(run: Path, given: Dict[str, Any]) -> Dict[str, Any]:
         if value != recorded[name]:
             raise UserError(f'The run in {run} has {name} {recorded[name]}, it cannot be resumed with {value}')
     return {name: recorded[name] for name in SETTINGS}
-
-
-def _resolve_device(device: str) -> str:
-    if device == 'auto':
-        return 'cuda' if torch.cuda.is_available() else 'cpu'
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f'Cannot use device {device}: {e}') from e
-    return device
 
 
 def _train_args(settings: Dict[str, Any], data: PhotoPatches, device: str, workers: int) -> argparse.Namespace:

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 from typing import Any, Dict, List
 
+from gmnet_timm.device import resolve_device
 from gmnet_timm.errors import UserError
 
 DEFAULT_OUTPUT = 'output/freq'
@@ -225,7 +226,7 @@ def _run_study(args: argparse.Namespace) -> None:
     check_corner(args.radii, (64, 64))
     if args.epochs < 2 or args.patches < 4:
         raise UserError('The study needs at least 2 epochs (the first is the warm-up) and 4 patches a photograph.')
-    device = torch.device(_resolve_device(args.device))
+    device = torch.device(resolve_device(args.device))
     settings = StudySettings(epochs=args.epochs, patches=args.patches, radii=tuple(args.radii))
     summary = run_study(args.output, settings, args.seeds, args.families, device)
     print(f'\n{format_summary(summary)}\n\n{args.output / "summary.csv"} and figures beside it')
@@ -317,17 +318,6 @@ def _input(args: argparse.Namespace) -> Dict[str, Any]:
     return {name: getattr(args, name) for name in ('img_size', 'crop_pct', 'interpolation', 'mean', 'std')}
 
 
-def _resolve_device(name: str) -> str:
-    import torch
-    if name == 'auto':
-        return 'cuda' if torch.cuda.is_available() else 'cpu'
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as e:
-        raise UserError(f'Cannot use device {name}: {e}') from e
-    return name
-
-
 class _Machine:
     """The device and, under torchrun, this process's share of the data. Closes the process group at the end."""
 
@@ -336,7 +326,7 @@ class _Machine:
         from timm.utils.distributed import init_distributed_device_so
         if args.batch_size < 1 or args.workers < 0:
             raise UserError('--batch-size must be positive, --workers not negative.')
-        found = init_distributed_device_so(_resolve_device(args.device))
+        found = init_distributed_device_so(resolve_device(args.device))
         self.device = torch.device(found['device'])
         self.rank, self.world_size = found['global_rank'], found['world_size']
         self.kwargs = dict(
