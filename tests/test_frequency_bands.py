@@ -245,7 +245,7 @@ def test_cli_eval_errors(folder, tmp_path, capsys, argv, message):
 
 def test_cli_eval_of_what_is_no_model(folder, capsys):
     assert main(['freq', 'eval', 'nonsense', '--data-dir', str(folder)]) == 1
-    assert main(['freq', 'eval', 'gmnet_s1', '--data-dir', str(folder)]) == 1  # no weights are published
+    assert main(['freq', 'eval', 'gmnet_s1', '--data-dir', str(folder)]) == 1  # no weights are known
     assert main(['freq', 'eval', 'resnet18=nowhere.pth', '--data-dir', str(folder)]) == 1
     assert main(['freq', 'eval', 'local-dir:nowhere', '--data-dir', str(folder)]) == 1
     assert capsys.readouterr().err.count('error: ') == 4

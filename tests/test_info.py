@@ -35,7 +35,7 @@ def test_info_table(capsys):
 def test_info_of_one_model(capsys):
     assert cli.main(['info', 'gmnet_s1']) == 0
     out = capsys.readouterr().out
-    for text in ('3,661,600', 'reconstructed', 'arXiv:2503.22841', 'none published', '75.5 %', 'not measured by this'):
+    for text in ('3,661,600', 'reconstructed', 'arXiv:2503.22841', 'none known', '75.5 %', 'not measured by this'):
         assert text in out
 
 

@@ -78,7 +78,7 @@ def _hub_message(name: str, tag: Any, error: Exception) -> str:
 
 def _no_weights_message(name: str) -> str:
     return (
-        f'No pretrained weights of {name} have been published. Ways to get some:\n'
+        f'No pretrained weights of {name} are known here. Ways to give some:\n'
         f"  a checkpoint of the authors:  timm.create_model('{name}', pretrained=True, "
         f"pretrained_cfg_overlay=dict(file='checkpoint.pth'))\n"
         f"  a repository on the Hub:      timm.create_model('hf-hub:owner/name', pretrained=True)\n"

@@ -51,7 +51,7 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
 _resnet_cfg = _cfg(first_conv='conv1', classifier='fc')
 _mobilenet_cfg = _cfg(first_conv='conv_stem', classifier='classifier')
 
-# Tags name the paper's training data, no weights have been released.
+# Tags name the paper's training data, no weights are claimed.
 default_cfgs = generate_default_cfgs({
     'resnet18_ewp.in1k': _resnet_cfg,
     'resnet18_gate_relu6.in1k': _resnet_cfg,

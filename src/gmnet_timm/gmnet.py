@@ -401,7 +401,7 @@ def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
     }
 
 
-# Tags name the published training data, no weights have been released.
+# Tags name the published training data, no weights are claimed.
 default_cfgs = generate_default_cfgs({
     'gmnet_s1.in1k': _cfg(),
     'gmnet_s2.in1k': _cfg(),

@@ -112,7 +112,7 @@ def format_model(info: ModelInfo) -> str:
         ('input', f'{info.input_size}, {cfg.interpolation}, crop {cfg.crop_pct}, mean {cfg.mean}, std {cfg.std}'),
         ('paper', f'{cfg.paper_name}, {cfg.paper_ids}' if cfg.paper_name else 'none given'),
         ('origin', cfg.origin_url or 'none given'),
-        ('weights', info.weights or 'none published'),
+        ('weights', info.weights or 'none known'),
     ]
     if info.paper is not None:
         paper = info.paper
