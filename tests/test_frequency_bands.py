@@ -1,11 +1,13 @@
 import copy
 import csv
+import io
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+import tarfile
 
 import numpy as np
 import pytest
@@ -56,6 +58,31 @@ def model(folder):
         torch.nn.functional.cross_entropy(net(images), targets).backward()
         optimizer.step()
     return net.eval()
+
+
+@pytest.fixture
+def shards(folder, tmp_path):
+    """The images of `folder` as a webdataset, in the same order."""
+    files = sorted((folder / 'validation').glob('*/*.png'))
+    with tarfile.open(tmp_path / 'validation-0000.tar', 'w') as tar:
+        for i, file in enumerate(files):
+            for suffix, content in (('png', file.read_bytes()), ('cls', file.parent.name[-1].encode())):
+                entry = tarfile.TarInfo(f'{i:04d}.{suffix}')
+                entry.size = len(content)
+                tar.addfile(entry, io.BytesIO(content))
+    return tmp_path
+
+
+def test_a_stream_gives_what_the_folder_gives(folder, shards):
+    pytest.importorskip('webdataset', reason="webdataset is not installed: pip install 'gmnet-timm[ecosystem]'")
+    stream = dict(dataset='wds/stripes', split='validation-0000.tar')
+    images, targets = (torch.cat(parts) for parts in zip(*create_band_loader(str(shards), CONFIG, **stream)))
+    expected, labels = next(iter(create_band_loader(str(folder), CONFIG, workers=0)))
+    assert torch.equal(images, expected) and torch.equal(targets, labels)
+    limited = next(iter(create_band_loader(str(shards), CONFIG, **stream, limit=3)))
+    assert torch.equal(limited[0], expected[:3])
+    with pytest.raises(UserError, match='one process'):
+        create_band_loader(str(shards), CONFIG, **stream, world_size=2)
 
 
 def _numpy_band(images, band, radius):

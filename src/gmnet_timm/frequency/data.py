@@ -1,5 +1,6 @@
 """Evaluation data that counts what it cannot decode, where timm's loaders put the next image in its place."""
 import io
+import itertools
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
@@ -36,6 +37,20 @@ class _DecodedImages(Dataset):
         return self.transform(image), -1 if target is None else int(target)
 
 
+class _StreamedImages(IterableDataset):
+    """Transformed images and labels of a timm dataset that can only be read from its start, and decodes by itself."""
+
+    def __init__(self, dataset: IterableDataset, transform, img_mode: str, limit: Optional[int]):
+        self.dataset = dataset
+        self.transform = transform
+        self.img_mode = img_mode
+        self.limit = limit
+
+    def __iter__(self):
+        for image, target in itertools.islice(self.dataset, self.limit):
+            yield self.transform(image.convert(self.img_mode)), int(target)
+
+
 class CountingLoader:
     """Batches of a data loader without the images that could not be decoded.
 
@@ -48,7 +63,7 @@ class CountingLoader:
         self.skipped = 0
 
     def __len__(self) -> int:
-        return len(self.loader)
+        return len(self.loader)  # TypeError for a stream, as of any loader that does not know
 
     def __iter__(self):
         self.skipped = 0
@@ -87,7 +102,7 @@ def create_band_loader(
         num_classes: Outputs of the model, to be compared with the classes of the data.
         batch_size: Images a batch.
         workers: Processes that load images, 0 for none.
-        limit: Use this many images, evenly spaced, None for all.
+        limit: Use this many images, evenly spaced (of a stream the first ones), None for all.
         rank: Which part of the data to load, every `world_size`-th image from this one on.
         world_size: Number of parts.
 
@@ -102,12 +117,16 @@ def create_band_loader(
     except (RuntimeError, OSError, AssertionError, ValueError, ImportError) as e:
         reason = str(e) or 'no such folder, or none with images below it'  # timm asserts without a word
         raise UserError(f'The data {dataset or root} cannot be read: {reason}.') from e
+    transform = create_transform(**data_config, is_training=False)
     if isinstance(images, IterableDataset):
-        raise UserError(f'{dataset} is a stream, which has no exact split. Use a folder or an indexed dataset.')
+        if world_size > 1:
+            raise UserError(f'{dataset} is a stream, which cannot be split exactly. Evaluate it with one process.')
+        stream = _StreamedImages(images, transform, img_mode, limit)
+        return CountingLoader(DataLoader(stream, batch_size, collate_fn=_collate))  # several workers would split it
     if len(images) == 0:
         raise UserError(f'The data {dataset or root} holds no images.')
     _check_classes(images, num_classes)
-    decoded: Dataset = _DecodedImages(images, create_transform(**data_config, is_training=False), img_mode)
+    decoded: Dataset = _DecodedImages(images, transform, img_mode)
     indices: Sequence[int] = range(len(images))
     if limit is not None and limit < len(images):
         indices = [i * len(images) // limit for i in range(limit)]
