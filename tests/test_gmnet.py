@@ -180,7 +180,11 @@ def test_drop_path_rate():
     rates = [getattr(block.drop_path, 'drop_prob', 0.) for stage in model.stages for block in list(stage)[1:]]
     torch.testing.assert_close(rates, [0.01 * i for i in range(17)])  # linear over the 17 blocks
     x = torch.randn(2, 3, 32, 32)
-    assert not torch.equal(model.train()(x), timm.create_model('gmnet_s3').train()(x))
+    for rate in (0., 0.5):  # drawn anew each time in training, off in evaluation
+        model = create(drop_path_rate=rate)
+        assert torch.equal(model(x), model(x))
+        model.train()
+        assert torch.equal(model(x), model(x)) == (rate == 0.)
 
 
 @pytest.mark.parametrize('name, fn', [

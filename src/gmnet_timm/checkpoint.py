@@ -25,7 +25,7 @@ __all__ = [
 
 REGISTERED_SIZES = ('gmnet_s1', 'gmnet_s2', 'gmnet_s3', 'gmnet_s4')
 
-_TENSORS_PER_BLOCK = 19
+_TENSORS_PER_BLOCK = 19  # four convolutions, two BatchNorms and the layer scale
 
 
 class CheckpointError(UserError, ValueError):
