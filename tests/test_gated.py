@@ -6,6 +6,7 @@ import timm
 import timm.utils
 import torch
 import torch.nn.functional as F
+from conftest import randomize
 from timm.utils import reparameterize_model
 
 from gmnet_timm.checkpoint import infer_architecture, load_model
@@ -17,17 +18,6 @@ GATES = {'ewp': lambda x: x, 'gate_relu6': F.relu6, 'gate_gelu': F.gelu}
 
 def _params(model):
     return sum(p.numel() for p in model.parameters())
-
-
-def _randomize_norms(model):
-    """As after training: fusing and loading have something to get wrong."""
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            torch.nn.init.normal_(module.running_mean, std=.2)
-            torch.nn.init.uniform_(module.running_var, .5, 1.5)
-            torch.nn.init.uniform_(module.weight, .5, 1.5)
-            torch.nn.init.normal_(module.bias, std=.2)
-    return model
 
 
 @pytest.mark.parametrize('base', BASES)
@@ -75,7 +65,7 @@ def _mobilenetv2_by_hand(model, gate, x):
 @pytest.mark.parametrize('gate', GATES)
 def test_variant_equals_its_definition(base, by_hand, gate):
     torch.manual_seed(0)
-    original = _randomize_norms(timm.create_model(base, num_classes=10)).double().eval()
+    original = randomize(timm.create_model(base, num_classes=10)).double().eval()
     gated = timm.create_model(f'{base}_{gate}', num_classes=10).double().eval()
     gated.load_state_dict(original.state_dict())
     x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
@@ -133,7 +123,7 @@ def test_activations_by_name(act):
 def test_gates_fuse_script_and_compile(gate):
     torch.manual_seed(0)
     args = dict(width=8, depths=(1, 1, 2, 1), gate=gate, init_values=.5, num_classes=5)
-    model = _randomize_norms(timm.create_model('gmnet_s1', **args)).eval()
+    model = randomize(timm.create_model('gmnet_s1', **args)).eval()
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():
         expected = model(x)
