@@ -147,10 +147,9 @@ def evaluate_bands(
     bands: List[Tuple[str, Optional[float]]] = [('raw', None)]
     bands += [(band, radius) for radius in radii for band in ('low', 'high')]
     counts = torch.zeros(len(bands), 3, dtype=torch.long, device=device)
-    with torch.inference_mode():
-        # no bar where the output is not a terminal
-        bar = tqdm(loader, desc='bands', unit='batch', leave=False, disable=None if progress else True)
-        for images, targets in bar:
+    # no bar where the output is not a terminal
+    for images, targets in tqdm(loader, desc='bands', unit='batch', leave=False, disable=None if progress else True):
+        with torch.inference_mode():  # not around the loader, whose collectives some versions of torch refuse in it
             images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
             for i, (_, _, part) in enumerate(split_parts(images, radii, options, mean, std)):
                 with autocast:
