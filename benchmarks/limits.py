@@ -1,0 +1,101 @@
+"""The least time that a model can take on a machine: its work, over the fastest the machine was seen to work."""
+import dataclasses
+from typing import Dict
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from .runtimes import DTYPES, RUNTIMES, Forward, Unsupported
+
+__all__ = ['Ceilings', 'Copy', 'Product', 'Work', 'measure_work', 'product_forwards']
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """The least that one forward pass must do, for one image of a batch.
+
+    Counted are convolutions, linear layers and matrix products, nothing else: every activation, norm, sum and gate
+    could be part of the kernel before it. Each reads its inputs once and writes its output once.
+    """
+
+    macs: int  # multiply-adds
+    weights: int  # elements that are read once for a batch, whatever its size
+    activations: int  # elements that are read and written for every image
+
+
+@dataclasses.dataclass(frozen=True)
+class Ceilings:
+    """The fastest the machine was seen to work, in the run that is judged by it."""
+
+    macs_per_s: Dict[str, float]  # of the fastest large matrix product, by precision
+    bytes_per_s: float  # of a large copy, reads and writes
+
+    def roofline_ms(self, work: Work, batch: int, precision: str) -> float:
+        size = DTYPES[precision].itemsize
+        compute = batch * work.macs / self.macs_per_s[precision]
+        memory = (work.weights + batch * work.activations) * size / self.bytes_per_s
+        return 1e3 * max(compute, memory)
+
+
+class _Traffic(TorchDispatchMode):
+    """Counts the elements that convolutions and products read and write."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func._overloadpacket in flop_registry:
+            self.elements += sum(t.numel() for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor))
+        return out
+
+
+def measure_work(net: nn.Module, x: torch.Tensor) -> Work:
+    """Count the work of a (folded) model; `x` is one image, (1, C, H, W)."""
+    with torch.no_grad(), FlopCounterMode(display=False) as flops:
+        net(x)
+    elements = []
+    for batch in (x, torch.cat([x, x])):
+        with torch.no_grad(), _Traffic() as traffic:
+            net(batch)
+        elements.append(traffic.elements)
+    activations = elements[1] - elements[0]
+    return Work(flops.get_total_flops() // 2, elements[0] - activations, activations)
+
+
+class Product(nn.Module):
+    """A large square matrix product."""
+
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+        self.linear = nn.Linear(size, size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)
+
+
+def product_forwards(size: int, device: str, precision: str, threads: int) -> Dict[str, Forward]:
+    """The same product by each runtime's library: which is fastest differs between machines, by a factor of two."""
+    forwards = {}
+    product, x = Product(size).to(device).eval(), torch.randn(size, size, device=device)
+    for name in ('eager', 'onnxruntime', 'openvino'):  # compiled, it is that of eager
+        try:
+            with torch.no_grad():
+                forwards[name] = RUNTIMES[name](product, x, precision, threads)
+        except (Unsupported, ImportError):
+            continue
+    return forwards
+
+
+class Copy:
+    """A copy from memory to memory, far larger than any cache."""
+
+    def __init__(self, size: int, device: str):
+        self.source = torch.ones(size, dtype=torch.uint8, device=device)
+        self.target = torch.empty_like(self.source)
+
+    def __call__(self) -> torch.Tensor:
+        return self.target.copy_(self.source)
