@@ -26,7 +26,7 @@ test-slow: $(VENV)/test.installed
 
 test-ecosystem: export PATH := $(abspath $(ECOSYSTEM)/bin):$(PATH)
 test-ecosystem: $(ECOSYSTEM)/ecosystem.installed
-	$(ECOSYSTEM)/bin/python -m pytest -n 2 -m ecosystem tests tests/ecosystem $(ARGS)
+	$(ECOSYSTEM)/bin/python -m pytest -n 2 -m ecosystem -o norecursedirs= $(ARGS)
 
 lint: $(VENV)/test.installed $(VENV)/lint.installed
 	$(BIN)/ruff check .

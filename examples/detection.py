@@ -53,6 +53,8 @@ for step in range(STEPS):
     loss.backward()
     optimizer.step()
     schedule.step()
+    if step % 10 == 9:
+        print(f'step {step + 1}  loss {loss.item():.3f}')
 result, coins = model.eval()([pixels[:, SPLIT:]])[0], boxes[boxes[:, 1] > SPLIT] - torch.tensor([0, SPLIT, 0, SPLIT])
 overlap = box_iou(result['boxes'][result['scores'] > .5], coins) > .5
 print(f'{overlap.any(0).sum()} of {len(coins)} unseen coins found, {(~overlap.any(1)).sum()} boxes without a coin')

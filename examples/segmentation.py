@@ -1,8 +1,8 @@
 """Train a Unet on GmNet to segment stained tissue: pip install 'gmnet-timm[ecosystem,demo]'
 
 The picture is the photograph `immunohistochemistry` of scikit-image's wheel. Nobody has drawn masks for it: the labels
-are where a classical method (stain separation, blur, Otsu's threshold) finds the brown stain. So what is measured is how
-well the network does what that method does, on rows that it has not seen. It starts from random weights.
+are where a classical method (stain separation, blur, Otsu's threshold) finds the brown stain. So what is measured is
+how well the network does what that method does, on rows that it has not seen. It starts from random weights.
 """
 import segmentation_models_pytorch as smp
 import torch
@@ -48,7 +48,7 @@ for step in range(STEPS):
     optimizer.step()
     schedule.step()
     if step % 10 == 9:
-        print(f'step {step + 1:3d}  loss {loss.item():.3f}')
+        print(f'step {step + 1}  loss {loss.item():.3f}')
 with torch.inference_mode():
     prediction = model.eval()(pixels[None, :, TEST_ROWS])[0].argmax(0)
 guess = max(mean_iou(torch.full_like(prediction, k), mask[TEST_ROWS]) for k in (0, 1))

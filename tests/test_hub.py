@@ -585,6 +585,20 @@ except RuntimeError as e:
     assert nowhere[0] == first and 'from owner/gmnet_s2.in1k' in nowhere[1] and 'network' in nowhere[1]
 
 
+@pytest.mark.ecosystem
+def test_published_weights_reach_a_segmenter(run, hub, tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model('gmnet_s1', num_classes=7)
+    torch.save(model.state_dict(), tmp_path / 's1.pth')
+    succeed(run('push', tmp_path / 's1.pth', 'owner/gmnet_s1.in1k'))
+    code = '''
+import segmentation_models_pytorch as smp
+print(smp.Unet('tu-gmnet_s1', encoder_weights=True).encoder.model.stem_0.conv.weight.flatten().tolist())
+'''
+    loaded = torch.tensor(json.loads(python(code, hub.url, tmp_path, GMNET_TIMM_HUB_ORG='owner')))
+    assert torch.equal(loaded, model.stem[0].conv.weight.detach().flatten())
+
+
 # What a document shows of timm, and of transformers
 PROGRAMS = pytest.mark.parametrize('index', [
     pytest.param(0, marks=pytest.mark.slow, id='timm'),

@@ -24,7 +24,8 @@ def test_segmentation(tmp_path):
 
 @pytest.mark.timeout(600)
 def test_detection(tmp_path):
-    found, coins, wrong = run('detection.py', tmp_path, r'(\d+) of (\d+) unseen coins found, (\d+) boxes without a coin')
+    pattern = r'(\d+) of (\d+) unseen coins found, (\d+) boxes without a coin'
+    found, coins, wrong = run('detection.py', tmp_path, pattern)
     assert coins == 6 and found >= 5 and wrong <= 3
 
 

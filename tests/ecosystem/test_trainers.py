@@ -88,6 +88,10 @@ def test_fastai_takes_the_name():
     dls = DataLoaders.from_dsets(BATCH, BATCH, bs=4, device='cpu', num_workers=0)
     learner = vision_learner(dls, 'gmnet_s1', pretrained=False, n_out=3, normalize=False, loss_func=cross_entropy)
     learner.remove_cb(ProgressCallback)
+    stem = learner.model[0].model.stem[0].conv.weight
+    for frozen, change in ((True, learner.freeze), (False, learner.unfreeze)):
+        change()
+        assert stem.requires_grad is not frozen
     loss = cross_entropy(learner.model.train()(IMAGES), LABELS).item()
     learner.fit(12, 2e-3)
     assert cross_entropy(learner.model.train()(IMAGES), LABELS).item() < .3 * loss
