@@ -1,15 +1,9 @@
 """transformers' TimmBackbone inside its detectors and segmenters. What publishes for transformers is in test_hub.py."""
 import pytest
 import torch
+import transformers
 from conftest import as_features, create, overfit
-from transformers import (
-    DetrConfig,
-    DetrForObjectDetection,
-    TimmBackbone,
-    TimmBackboneConfig,
-    UperNetConfig,
-    UperNetForSemanticSegmentation,
-)
+from transformers import DetrConfig, DetrForObjectDetection, TimmBackbone, TimmBackboneConfig, UperNetConfig
 
 
 @pytest.mark.parametrize('output_stride, strides', [(None, (8, 16, 32)), (16, (8, 16, 16))])
@@ -49,11 +43,35 @@ def test_upernet_learns():
     config = UperNetConfig(
         backbone_config=TimmBackboneConfig(backbone='gmnet_s1', out_indices=(0, 1, 2, 3)), num_labels=2, hidden_size=32,
         auxiliary_in_channels=160, auxiliary_channels=32)
-    model = UperNetForSemanticSegmentation(config)
+    model = transformers.UperNetForSemanticSegmentation(config)
     x = torch.randn(2, 3, 64, 64)
     labels = torch.zeros(2, 64, 64, dtype=torch.long)
     labels[0, :, :32] = labels[1, 16:48] = 1
     assert overfit(model, lambda: model(pixel_values=x, labels=labels).loss, steps=25, lr=3e-3) < .4
+
+
+OTHERS = {
+    'ConditionalDetr': dict(out_indices=[3], num_queries=5),
+    'DeformableDetr': dict(out_indices=[1, 2, 3], num_queries=5),
+    'RTDetr': dict(out_indices=[1, 2, 3], encoder_in_channels=[80, 160, 320], num_queries=5, num_denoising=0),
+    'MaskFormer': dict(out_indices=[0, 1, 2, 3]),
+}
+
+
+@pytest.mark.parametrize('name', OTHERS)
+def test_others_reach_the_stem(name):
+    options = OTHERS[name].copy()
+    backbone = TimmBackboneConfig(backbone='gmnet_s1', out_indices=options.pop('out_indices'))
+    config = getattr(transformers, f'{name}Config')(backbone_config=backbone, num_labels=2, **options)
+    classes = [torch.tensor([0])] * 2
+    if name == 'MaskFormer':
+        model = transformers.MaskFormerForInstanceSegmentation(config)
+        targets = dict(mask_labels=[torch.ones(1, 96, 96)] * 2, class_labels=classes)
+    else:
+        model = getattr(transformers, f'{name}ForObjectDetection')(config)
+        targets = dict(labels=[{'class_labels': c, 'boxes': torch.tensor([[.5, .5, .4, .4]])} for c in classes])
+    x = torch.randn(2, 3, 96, 96)
+    assert overfit(model, lambda: model(pixel_values=x, **targets).loss, steps=1) == 1  # checks the gradient
 
 
 @pytest.mark.parametrize('name', ['gmnet_s1', 'starnet_s1'])
