@@ -1,15 +1,14 @@
 """Train a Faster R-CNN on GmNet to find coins: pip install 'gmnet-timm[demo]'
 
-The picture is the photograph `coins` of scikit-image's wheel. Nobody has drawn boxes for it: the labels surround what a
-watershed finds, 24 boxes that are right when looked at. Three rows of coins are for training, the six coins of the last
-one for the test: enough to see that it works, not to compare detectors. It starts from random weights.
+The picture is the photograph `coins` of scikit-image's wheel. Nobody has drawn boxes: the labels surround what a
+watershed finds, 24 boxes that are right when looked at. From random weights it trains on three rows of coins and is
+tested on the six of the last: enough to see that it works, not to compare detectors.
 """
 import numpy as np
 import timm
 import torch
 from skimage import data, filters, measure, segmentation
-from torchvision.models.detection import FasterRCNN
-from torchvision.models.detection.anchor_utils import AnchorGenerator
+from torchvision.models.detection.faster_rcnn import AnchorGenerator, FasterRCNN
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, box_iou
 
 STEPS, BATCH, LR, SPLIT, HEIGHT, WIDTH = 60, 8, 2e-3, 225, 78, 160  # row of the split, size of the training pieces
