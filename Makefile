@@ -3,29 +3,32 @@ PYTHON ?= python3
 VENV ?= .venv
 # Versions to test with, e.g. `make test CONSTRAINTS=tests/constraints-lowest.txt VENV=.venv-lowest`
 CONSTRAINTS ?=
-# What is built on timm and tested with needs newer dependencies than the lowest of ours.
-comma := ,
-TEST_EXTRAS := test$(if $(CONSTRAINTS),,$(comma)ecosystem)
 
 BIN := $(VENV)/bin
+# What is built on timm is tested against the installed wheel.
+ECOSYSTEM := $(VENV)-ecosystem
 PYTEST := $(BIN)/python -m pytest -n 2
 # Threads that spin while they wait make everything crawl when two processes share two cores.
 export OMP_WAIT_POLICY := PASSIVE
 # Tests call the `gmnet-timm` of this environment.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test test-slow lint format build clean
+.PHONY: demo test test-slow test-ecosystem lint format build clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/gmnet-timm demo $(ARGS)
 
-test: $(VENV)/$(TEST_EXTRAS).installed
-	$(PYTEST) -m 'not slow' $(ARGS)
+test: $(VENV)/test.installed
+	$(PYTEST) -m 'not slow and not ecosystem' $(ARGS)
 
-test-slow: $(VENV)/$(TEST_EXTRAS).installed
-	$(PYTEST) -m slow $(ARGS)
+test-slow: $(VENV)/test.installed
+	$(PYTEST) -m 'slow and not ecosystem' $(ARGS)
 
-lint: $(VENV)/$(TEST_EXTRAS).installed $(VENV)/lint.installed
+test-ecosystem: export PATH := $(abspath $(ECOSYSTEM)/bin):$(PATH)
+test-ecosystem: $(ECOSYSTEM)/ecosystem.installed
+	$(ECOSYSTEM)/bin/python -m pytest -n 2 -m ecosystem -o norecursedirs= $(ARGS)
+
+lint: $(VENV)/test.installed $(VENV)/lint.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
@@ -45,5 +48,13 @@ $(VENV)/%.installed: pyproject.toml $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[$*]' $(addprefix --constraint ,$(CONSTRAINTS))
 	touch $@
 
+$(ECOSYSTEM)/ecosystem.installed: pyproject.toml $(shell find src -type f -not -name '*.pyc')
+	$(PYTHON) -m venv $(ECOSYSTEM)
+	rm -rf $(ECOSYSTEM)/wheel
+	$(ECOSYSTEM)/bin/python -m pip wheel --quiet --no-deps --wheel-dir $(ECOSYSTEM)/wheel .
+	$(ECOSYSTEM)/bin/python -m pip install --quiet --no-deps --force-reinstall $(ECOSYSTEM)/wheel/*.whl
+	$(ECOSYSTEM)/bin/python -m pip install --quiet 'gmnet-timm[test,ecosystem]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) .cache dist
+	rm -rf $(VENV) $(ECOSYSTEM) .cache dist

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import timm
 import torch
@@ -32,3 +34,31 @@ def create(name: str = 'gmnet_s1', **kwargs) -> torch.nn.Module:
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     actual, expected = actual.double(), expected.double()
     return ((actual - expected).norm() / expected.norm()).item()
+
+
+@pytest.hookimpl(tryfirst=True)  # before -m looks at the marks
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.path.parent.name == 'ecosystem':
+            item.add_marker('ecosystem')
+
+
+def as_features(model: torch.nn.Module) -> dict:
+    """Weights of a classifier under the names that timm's `features_only` gives them."""
+    return {key.replace('stem.', 'stem_').replace('stages.', 'stages_'): value
+            for key, value in model.state_dict().items() if key.startswith(('stem.', 'stages.'))}
+
+
+def overfit(model: torch.nn.Module, loss, steps: int, lr: float = 1e-3) -> float:
+    """Train on one batch, returns its last loss relative to its first. The first step has to reach the stem."""
+    optimizer = torch.optim.AdamW(model.train().parameters(), lr)
+    losses = []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        losses.append(loss())
+        losses[-1].backward()
+        if len(losses) == 1:
+            (stem,) = [p for name, p in model.named_parameters() if re.search(r'stem[._]0\.conv\.weight$', name)]
+            assert stem.grad.abs().sum() > 0
+        optimizer.step()
+    return (losses[-1] / losses[0]).item()

@@ -73,8 +73,8 @@ def shards(folder, tmp_path):
     return tmp_path
 
 
+@pytest.mark.ecosystem  # webdataset
 def test_a_stream_gives_what_the_folder_gives(folder, shards):
-    pytest.importorskip('webdataset', reason="webdataset is not installed: pip install 'gmnet-timm[ecosystem]'")
     stream = dict(dataset='wds/stripes', split='validation-0000.tar')
     images, targets = (torch.cat(parts) for parts in zip(*create_band_loader(str(shards), CONFIG, **stream)))
     expected, labels = next(iter(create_band_loader(str(folder), CONFIG, workers=0)))

@@ -539,10 +539,9 @@ def test_round_trip_with_timm(run, hub, tmp_path, checkpoint, names):
     assert result['labels'] == LABELS
 
 
-@pytest.mark.slow
+@pytest.mark.ecosystem
 def test_round_trip_with_transformers(run, hub, tmp_path, checkpoint, names):
     """timm, transformers' wrapper and its pipeline agree, and the pipeline shows labels by name."""
-    pytest.importorskip('transformers', reason="transformers is not installed: pip install 'gmnet-timm[ecosystem]'")
     succeed(run('push', checkpoint, 'owner/tiny', '--classes', names, '--img-size', 64))
     result = json.loads(python(ROUND_TRIP.replace('WITH_TRANSFORMERS', 'True'), hub.url, tmp_path))
     x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
@@ -586,14 +585,33 @@ except RuntimeError as e:
     assert nowhere[0] == first and 'from owner/gmnet_s2.in1k' in nowhere[1] and 'network' in nowhere[1]
 
 
-@pytest.mark.slow
-def test_card_usage_runs_as_printed(run, hub, tmp_path, checkpoint, names):
+@pytest.mark.ecosystem
+def test_published_weights_reach_a_segmenter(run, hub, tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model('gmnet_s1', num_classes=7)
+    torch.save(model.state_dict(), tmp_path / 's1.pth')
+    succeed(run('push', tmp_path / 's1.pth', 'owner/gmnet_s1.in1k'))
+    code = '''
+import segmentation_models_pytorch as smp
+print(smp.Unet('tu-gmnet_s1', encoder_weights=True).encoder.model.stem_0.conv.weight.flatten().tolist())
+'''
+    loaded = torch.tensor(json.loads(python(code, hub.url, tmp_path, GMNET_TIMM_HUB_ORG='owner')))
+    assert torch.equal(loaded, model.stem[0].conv.weight.detach().flatten())
+
+
+# What a document shows of timm, and of transformers
+PROGRAMS = pytest.mark.parametrize('index', [
+    pytest.param(0, marks=pytest.mark.slow, id='timm'),
+    pytest.param(1, marks=pytest.mark.ecosystem, id='transformers'),
+])
+
+
+@PROGRAMS
+def test_card_usage_runs_as_printed(index, run, hub, tmp_path, checkpoint, names):
     succeed(run('push', checkpoint, 'owner/tiny', '--classes', names, '--img-size', 64))
     blocks = re.findall(r'```python\n(.*?)```', hub.files('owner/tiny')['README.md'].decode(), re.DOTALL)
     assert len(blocks) == 2
-    assert 'topk' in python(blocks[0], hub.url, tmp_path)
-    pytest.importorskip('transformers', reason="transformers is not installed: pip install 'gmnet-timm[ecosystem]'")
-    assert 'owl' in python(blocks[1], hub.url, tmp_path)
+    assert ('topk', 'owl')[index] in python(blocks[index], hub.url, tmp_path)
 
 
 @pytest.mark.parametrize('in_chans', [1, 4])
@@ -607,8 +625,8 @@ def test_card_usage_with_other_channels(in_chans, run, tmp_path, monkeypatch, ca
     assert 'topk' in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_every_documented_command(run, hub, tmp_path, names, monkeypatch):
+@PROGRAMS
+def test_every_documented_command(index, run, hub, tmp_path, names, monkeypatch):
     """docs/publishing.md, from top to bottom."""
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / 'run')
@@ -626,6 +644,4 @@ def test_every_documented_command(run, hub, tmp_path, names, monkeypatch):
         assert (prompt, program) == ('$', 'gmnet-timm'), command
         assert 'FAILED' not in succeed(run(*arguments)), command
     programs = [block for language, block in blocks if language == 'python']
-    assert 'cat' in python(programs[0], hub.url, tmp_path, HF_TOKEN=TOKEN)
-    pytest.importorskip('transformers', reason="transformers is not installed: pip install 'gmnet-timm[ecosystem]'")
-    assert 'owl' in python(programs[1], hub.url, tmp_path, HF_TOKEN=TOKEN)
+    assert ('cat', 'owl')[index] in python(programs[index], hub.url, tmp_path, HF_TOKEN=TOKEN)

@@ -38,7 +38,8 @@ def run(command, folder):
 # docs/publishing.md needs a Hub: tests/test_hub.py runs it against one of its own
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize('document', ['README.md', 'docs/frequency.md'])
+@pytest.mark.parametrize('document', [
+    'README.md', 'docs/frequency.md', pytest.param('docs/ecosystem.md', marks=pytest.mark.ecosystem)])
 def test_examples(document, folder):
     run([sys.executable, '-c', '\n'.join(blocks(ROOT / document, 'python'))], folder)
     for code in blocks(ROOT / document, 'bash'):
