@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 # Versions to test with, e.g. `make test CONSTRAINTS=tests/constraints-lowest.txt VENV=.venv-lowest`
 CONSTRAINTS ?=
+# What benchmarks run on needs newer dependencies than the lowest of ours.
+comma := ,
+TEST_EXTRAS := test$(if $(CONSTRAINTS),,$(comma)bench)
 
 BIN := $(VENV)/bin
 # What is built on timm is tested against the installed wheel.
@@ -18,17 +21,17 @@ export PATH := $(abspath $(BIN)):$(PATH)
 demo: $(VENV)/demo.installed
 	$(BIN)/gmnet-timm demo $(ARGS)
 
-test: $(VENV)/test.installed
+test: $(VENV)/$(TEST_EXTRAS).installed
 	$(PYTEST) -m 'not slow and not ecosystem' $(ARGS)
 
-test-slow: $(VENV)/test.installed
+test-slow: $(VENV)/$(TEST_EXTRAS).installed
 	$(PYTEST) -m 'slow and not ecosystem' $(ARGS)
 
 test-ecosystem: export PATH := $(abspath $(ECOSYSTEM)/bin):$(PATH)
 test-ecosystem: $(ECOSYSTEM)/ecosystem.installed
 	$(ECOSYSTEM)/bin/python -m pytest -n 2 -m ecosystem -o norecursedirs= $(ARGS)
 
-lint: $(VENV)/test.installed $(VENV)/lint.installed
+lint: $(VENV)/$(TEST_EXTRAS).installed $(VENV)/lint.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml

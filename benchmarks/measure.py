@@ -173,9 +173,8 @@ def inference(
         net: nn.Module, candidate: nn.Module, x: torch.Tensor, case: Case, settings: Settings, row: Row) -> Forward:
     """A checked forward pass, `net` being the model as it is."""
     layout = getattr(torch, 'channels_last' if case.layout == 'channels_last' else 'contiguous_format')
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference mode, without which nothing is exported, and which would compile anew
         expected = net(x)
-    with torch.no_grad():  # torch.export, and what is compiled with it, do without inference tensors
         forward = RUNTIMES[case.runtime](
             candidate.to(memory_format=layout), x.to(memory_format=layout), case.precision, settings.threads)
         row.error = relative_error(forward(), expected)
@@ -267,8 +266,7 @@ def interleave(forwards: Dict[Any, Forward], settings: Settings) -> Dict[Any, Li
         Milliseconds of each call, between an idle device before and after.
     """
     samples: Dict[Any, List[float]] = {key: [] for key in forwards}
-    grad = torch.enable_grad if settings.mode == 'training' else torch.inference_mode
-    with grad():
+    with torch.set_grad_enabled(settings.mode == 'training'), torch.compiler.set_stance('fail_on_recompile'):
         for forward in forwards.values():
             warm_up(forward, settings)
         for _ in range(settings.rounds):
