@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip('openvino', reason='comes with timmx, which needs Python 3.11')
+
 pytestmark = pytest.mark.ecosystem
 
 EXAMPLE = Path(__file__).parents[2] / 'examples' / 'quantize.py'
