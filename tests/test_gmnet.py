@@ -493,13 +493,16 @@ def test_reparameterize_keeps_device():
     assert {p.device.type for p in fused.parameters()} == {device.type}
 
 
-def test_reparameterize_refuses_training_mode_and_changes_nothing():
-    model = create().train()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(RuntimeError, match=r'model\.eval\(\)'):
-        reparameterize_model(model, inplace=True)
-    after = model.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+def test_reparameterize_in_training_mode_warns_and_equals_evaluation():
+    """timm's scripts with `--reparam`, and timmx, fuse a model as `create_model` returns it."""
+    model = create()
+    x = torch.randn(2, 3, 64, 64)
+    expected = model(x)
+    with pytest.warns(UserWarning, match='Do not train the result'):
+        fused = reparameterize_model(model.train())
+    assert model.training and all(m.training for m in model.modules()), 'the original is left as it was'
+    assert relative_error(fused.eval()(x), expected) < 1e-6
+    assert [m for m in fused.modules() if isinstance(m, torch.nn.BatchNorm2d)] == [fused.norm]
 
 
 def test_reparameterize_leaves_other_norms_alone():

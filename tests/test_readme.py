@@ -39,7 +39,11 @@ def run(command, folder):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize('document', [
-    'README.md', 'docs/frequency.md', pytest.param('docs/ecosystem.md', marks=pytest.mark.ecosystem)])
+    'README.md',
+    'docs/frequency.md',
+    pytest.param('docs/ecosystem.md', marks=[
+        pytest.mark.ecosystem, pytest.mark.skipif(sys.version_info < (3, 11), reason='timmx needs Python 3.11')]),
+])
 def test_examples(document, folder):
     run([sys.executable, '-c', '\n'.join(blocks(ROOT / document, 'python'))], folder)
     for code in blocks(ROOT / document, 'bash'):

@@ -328,10 +328,11 @@ def test_killed_run_is_continued(work, train):
 
 
 @pytest.mark.slow
-def test_validate_repeats_the_top1_of_the_training(run, trained):
+@pytest.mark.parametrize('flags', [(), ('--reparam',)])
+def test_validate_repeats_the_top1_of_the_training(run, trained, flags):
     best = max(row['eval_top1'] for row in summary(trained))
     out = run('validate.py', *MODEL, '--data-dir', 'data', '--checkpoint', trained / 'model_best.pth.tar',
-              '-b', '32', '-j', '0')
+              '-b', '32', '-j', '0', *flags)
     assert json.loads(out.split('--result\n')[1])['top1'] == pytest.approx(best, abs=1e-3)
 
 
@@ -357,7 +358,7 @@ def test_benchmark_counts_the_model(run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('flags', [(), ('--dynamo',), ('--dynamic-size',)])
+@pytest.mark.parametrize('flags', [(), ('--dynamo',), ('--dynamic-size',), ('--dynamo', '--reparam')])
 def test_exported_onnx_computes_the_same(work, run, trained, flags):
     pytest.importorskip('onnx', reason='onnx_export.py needs onnx')
     pytest.importorskip('onnxscript', reason='onnx_export.py needs onnxscript')

@@ -15,6 +15,7 @@ their widths, depths and expansions are reconstructed from the paper's parameter
 
 For deployment, `reparameterize_model(model.eval())` folds BatchNorm and layer scale into the convolutions.
 """
+import warnings
 from typing import Any, Dict, List, Optional, Set, Tuple, Union
 
 import torch
@@ -33,12 +34,13 @@ from ._registry import generate_default_cfgs, register_model
 __all__ = ['GmNet']
 
 
-def _assert_eval(module: nn.Module) -> None:
-    """BatchNorm can only be folded while it uses its running statistics."""
+def _warn_training(module: nn.Module) -> None:
+    """Fusing is for evaluation. Not an error, because timm's scripts and timmx fuse before they call eval()."""
     if module.training:
-        raise RuntimeError(
-            f'Cannot fuse {type(module).__name__} in training mode, it would change the output. '
-            f'Call model.eval() before reparameterize_model(model).'
+        warnings.warn(
+            'Fusing a GmNet in training mode: BatchNorm is folded with its running statistics, which equals the model '
+            'after model.eval(). Do not train the result.',
+            stacklevel=1,  # one place for all layers, so that Python shows it once
         )
 
 
@@ -77,11 +79,11 @@ class ConvBn(nn.Module):
     @torch.no_grad()
     def fuse(self) -> nn.Module:
         """Return one convolution that equals this module in evaluation mode."""
-        _assert_eval(self)
+        _warn_training(self)
         if isinstance(self.bn, nn.Identity):
             return self.conv
         if isinstance(self.bn, nn.BatchNorm2d):
-            return fuse_conv_bn_eval(self.conv, self.bn)
+            return fuse_conv_bn_eval(self.conv.eval(), self.bn.eval())
         return self  # other norm layers cannot be folded
 
 
@@ -150,7 +152,7 @@ class GmNetBlock(nn.Module):
     @torch.no_grad()
     def reparameterize(self) -> None:
         """Fold the layer scale into the last convolution, in place (the children fuse themselves)."""
-        _assert_eval(self)
+        _warn_training(self)
         if self.gamma is None:
             return
         conv = self.dwconv2.conv
