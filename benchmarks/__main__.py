@@ -1,8 +1,9 @@
-"""Measure GmNet and other models, report and compare.
+"""Measure GmNet and other models, report, compare and profile.
 
     python -m benchmarks run latency --threads 1
     python -m benchmarks report benchmarks/results/*.json
     python -m benchmarks compare before.json after.json
+    python -m benchmarks profile gmnet_s3 --runtime openvino
 """
 import argparse
 import shlex
@@ -17,6 +18,7 @@ from gmnet_timm.errors import UserError
 from .machine import describe_machine, keep_freed_memory, slug
 from .measure import Settings, measure
 from .models import MODELS
+from .profiling import profile
 from .report import compare, report
 from .results import Results
 from .runtimes import DTYPES, RUNTIMES
@@ -50,7 +52,12 @@ def parser() -> argparse.ArgumentParser:
     draw.add_argument('files', nargs='+', type=Path)
     draw.add_argument('--figure', type=Path, help='a file to draw accuracy against latency to')
     draw.add_argument('--document', type=Path, help='a Markdown file whose tables are replaced, between its markers')
-    draw.add_argument('--everything', action='store_true', help='a column for each way to run a model')
+
+    look = commands.add_parser('profile', help='where the time of a folded model goes, on the CPU')
+    look.add_argument('model')
+    look.add_argument('--runtime', choices=['eager', 'compile', 'compile-max', 'openvino'], default='eager')
+    look.add_argument('--precision', choices=list(DTYPES), default='float32')
+    look.add_argument('--threads', type=int, default=1)
 
     both = commands.add_parser('compare', help='ratios of two result files')
     both.add_argument('before', type=Path)
@@ -110,7 +117,9 @@ def main() -> None:
             run(args)
         elif args.command == 'report':
             results = [Results.load(path) for path in args.files]
-            print(report(results, args.figure, args.document, args.everything))
+            print(report(results, args.figure, args.document))
+        elif args.command == 'profile':
+            print(profile(args.model, args.runtime, args.precision, args.threads))
         else:
             print(compare(Results.load(args.before), Results.load(args.after)))
     except UserError as e:

@@ -22,21 +22,18 @@ def report(
         results: Sequence[Results],
         figure: Optional[Path] = None,
         document: Optional[Path] = None,
-        everything: bool = False,
 ) -> str:
     """Markdown tables, one a result file.
 
     Args:
         results: What was measured.
-        everything: A column for each way to run a model. Otherwise one for each runtime and precision: of the folded
-            model, if there is one, in the layout that is faster for it.
         figure: Where to draw top-1 against latency.
         document: A Markdown file that has the two markers, between which the tables are put.
 
     Raises:
         UserError: The results are of smoke runs and would be published, or the document has no markers.
     """
-    text = '\n\n'.join(f'{table(r, everything)}\n\n{conditions(r)}' for r in results)
+    text = '\n\n'.join(f'{table(r)}\n\n{conditions(r)}' for r in results)
     if (figure or document) and any(r.settings.smoke for r in results):
         raise UserError('A smoke run measures nothing: make the figure and the table from a full run.')
     if figure:
@@ -50,20 +47,18 @@ def report(
     return text
 
 
-def table(results: Results, everything: bool = False) -> str:
-    """A row a model, a column a way to run it."""
-    folded = any(row.case.folded and row.samples_ms for row in results.rows)
-    shown = [row for row in results.rows if everything or row.case.folded == folded]
-    columns = {column(row.case, results, everything): None for row in shown if row.samples_ms}
+def table(results: Results) -> str:
+    """A row a model, a column a way to run it, in the faster of the layouts that were tried."""
+    columns = {column(row.case, results): None for row in results.rows if row.samples_ms}
     limited = results.settings.mode != 'training'
     header = ['model', 'top-1 %', 'params', *(['MACs'] if limited else []), *columns, *(['limit'] if limited else [])]
     lines = []
-    for name in {row.case.model: None for row in shown}:
-        rows = [row for row in shown if row.case.model == name]
+    for name in {row.case.model: None for row in results.rows}:
+        rows = [row for row in results.rows if row.case.model == name]
         cells = [f'`{name}`', accuracy(name), f'{rows[0].params / 1e6:.1f} M']
         if limited:
             cells.append(f'{rows[0].work.macs / 1e9:.2f} G' if rows[0].work else '')
-        cells += [value([row for row in rows if column(row.case, results, everything) == c], results) for c in columns]
+        cells += [value([row for row in rows if column(row.case, results) == c], results) for c in columns]
         if limited:
             cells.append(limit(rows, results))
         lines.append(cells)
@@ -74,15 +69,13 @@ def table(results: Results, everything: bool = False) -> str:
         + ' |' for line in [header, divider, *lines])
 
 
-def column(case: Case, results: Results, everything: bool) -> str:
-    """What tells the ways to run a model apart."""
+def column(case: Case, results: Results) -> str:
+    """What tells the ways to run a model apart, in this run."""
     parts = [case.runtime]
     if len(results.settings.precisions) > 1 or case.precision != 'float32':
         parts.append(case.precision)
-    if everything:
-        parts.append('folded' if case.folded else 'not folded')
-    if everything and case.runtime not in ('onnxruntime', 'openvino'):
-        parts.append(case.layout)
+    if len(results.settings.folded) > 1 and not case.folded:
+        parts.append('not folded')
     return ', '.join(parts)
 
 
@@ -143,8 +136,8 @@ def conditions(results: Results) -> str:
         f'copy {ceilings.bytes_per_s / 1e9:,.0f} GB/s.',
         f'`{results.command}`',
     ]
-    missing = {column(row.case, results, False) for row in results.rows} - {
-        column(row.case, results, False) for row in results.rows if row.samples_ms}
+    missing = {column(row.case, results) for row in results.rows} - {
+        column(row.case, results) for row in results.rows if row.samples_ms}
     if missing:
         lines.append(f'Tried, but not available here: {"; ".join(sorted(missing))}.')
     if settings.smoke:
@@ -196,27 +189,33 @@ def draw(results: Sequence[Results], path: Path) -> None:
 
 
 def draw_panel(ax, points: Dict[str, float]) -> None:
-    ours = [(points[name], MODELS[name].top1) for name in points if name.startswith('gmnet') and name in MODELS]
-    ax.plot(*zip(*sorted(ours)), color='tab:red', marker='o', zorder=3)
+    family = [(ms, MODELS[name].top1) for name, ms in points.items() if name.startswith('gmnet') and name in MODELS]
+    ax.plot(*zip(*sorted(family)), color='tab:red', marker='o', zorder=3)
     known = [(ms, MODELS[name].top1 or 0) for name, ms in points.items() if name in MODELS]
-    ax.plot(*frontier([(ms, top1) for ms, top1 in known if top1]), color='0.6', ls='--', lw=1, zorder=1)
+    best = frontier([(ms, top1) for ms, top1 in known if top1])
+    ax.plot(*best, color='0.6', ls='--', lw=1, zorder=1)
     for name, ms in points.items():
         model = MODELS.get(name, Model(name))
         top1s = [top1 for top1 in (model.top1, model.top1_distilled) if top1]
         if not top1s:
             continue
-        colour = 'tab:red' if name.startswith('gmnet') else 'tab:blue'
+        ours = name.startswith('gmnet')
+        colour = 'tab:red' if ours else 'tab:blue'
         ax.plot([ms] * len(top1s), top1s, color=colour, lw=0.6, zorder=2)
         if model.top1:
             ax.plot(ms, model.top1, 'o', color=colour, zorder=3)
         if model.top1_distilled:
             ax.plot(ms, model.top1_distilled, 'o', color=colour, mfc='white', zorder=3)
-        ax.annotate(name, (ms, max(top1s)), xytext=(5, 4), textcoords='offset points', fontsize=7.5, color=colour)
+        left = not ours and ms in best[0]  # names keep clear of each other where most models are
+        above = left or model.top1_distilled
+        ax.annotate(
+            name, (ms, max(top1s)), xytext=(-5 if left else 5, 3 if above else -10), ha='right' if left else 'left',
+            textcoords='offset points', fontsize=7.5, color=colour)
     ax.set_xscale('log')
     ax.xaxis.set_major_formatter(lambda v, _: f'{v:g}')
     ax.xaxis.set_minor_formatter(lambda v, _: f'{v:g}' if f'{v:e}'[0] in '235' else '')
     ax.tick_params(axis='x', which='both', labelsize=8)
-    ax.margins(x=0.12, y=0.08)
+    ax.margins(x=0.17, y=0.08)
     ax.grid(alpha=0.3)
 
 

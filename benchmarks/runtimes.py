@@ -10,7 +10,7 @@ from torch import nn
 
 from gmnet_timm.errors import MissingExtraError
 
-__all__ = ['DTYPES', 'RUNTIMES', 'Forward', 'Unsupported', 'compile_whole']
+__all__ = ['DTYPES', 'RUNTIMES', 'Forward', 'Unsupported', 'compile_whole', 'openvino_request']
 
 Forward = Callable[[], torch.Tensor]
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
@@ -100,6 +100,17 @@ def onnxruntime(net: nn.Module, x: torch.Tensor, precision: str, threads: int) -
 
 
 def openvino(net: nn.Module, x: torch.Tensor, precision: str, threads: int) -> Forward:
+    request = openvino_request(net, x, precision, threads)
+
+    def forward() -> torch.Tensor:
+        request.infer()
+        return torch.from_numpy(request.get_output_tensor().data)
+
+    return forward
+
+
+def openvino_request(net: nn.Module, x: torch.Tensor, precision: str, threads: int, profile: bool = False):
+    """A request of OpenVINO that has its input."""
     hints = {'float32': 'f32', 'bfloat16': 'bf16'}
     if x.device.type != 'cpu' or precision not in hints:
         raise Unsupported(f'no OpenVINO in {precision} on {x.device.type}')
@@ -108,6 +119,7 @@ def openvino(net: nn.Module, x: torch.Tensor, precision: str, threads: int) -> F
     if precision == 'bfloat16' and 'BF16' not in core.get_property('CPU', 'OPTIMIZATION_CAPABILITIES'):
         raise Unsupported('this CPU has no bfloat16 instructions that OpenVINO uses')
     settings = {
+        'PERF_COUNT': profile,
         'PERFORMANCE_HINT': 'LATENCY',
         'INFERENCE_NUM_THREADS': threads,
         'INFERENCE_PRECISION_HINT': hints[precision],  # unasked, it takes bfloat16 where the CPU has it
@@ -116,12 +128,7 @@ def openvino(net: nn.Module, x: torch.Tensor, precision: str, threads: int) -> F
         path = export_onnx(net, x.contiguous(), Path(folder))
         request = core.compile_model(str(path), 'CPU', settings).create_infer_request()
     request.infer([x.contiguous().numpy()])
-
-    def forward() -> torch.Tensor:
-        request.infer()
-        return torch.from_numpy(request.get_output_tensor().data)
-
-    return forward
+    return request
 
 
 RUNTIMES: Dict[str, Callable[[nn.Module, torch.Tensor, str, int], Forward]] = {

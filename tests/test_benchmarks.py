@@ -15,6 +15,7 @@ from benchmarks import measure as measuring
 from benchmarks.limits import Ceilings, Work, measure_work
 from benchmarks.measure import Case, Row, Settings, measure, past_its_best
 from benchmarks.models import MODELS, Model, create, fold
+from benchmarks.profiling import profile
 from benchmarks.report import END, START, compare, frontier, ratio_with_interval, report
 from benchmarks.results import Results
 from benchmarks.runtimes import RUNTIMES
@@ -246,6 +247,14 @@ def test_committed_results(path):
     assert all(row.error is None or row.error < 0.3 for row in loaded.rows if row.samples_ms)
 
 
+@pytest.mark.parametrize('document, names', [
+    ('README.md', ['latency']),
+])
+def test_published_tables_are_those_of_the_results(document, names):
+    loaded = [Results.load(ROOT / 'benchmarks' / 'results' / f'amd-epyc-2-cores-{name}.json') for name in names]
+    assert f'{START}\n{report(loaded)}\n{END}' in (ROOT / document).read_text(encoding='utf-8')
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('mode, options', [
     ('latency', ['--runtimes', 'eager', 'compile', 'onnxruntime', 'openvino', 'cuda-graph']),
@@ -264,6 +273,16 @@ def test_smoke(tmp_path, mode, options):
     assert status.pop('cuda-graph', 'unsupported').startswith('unsupported') != torch.cuda.is_available()
     assert all(s == ('unsupported: no training with openvino' if (mode, r) == ('training', 'openvino') else 'ok')
                for r, s in status.items()), status
+
+
+@pytest.mark.parametrize('runtime, kind', [('eager', 'aten::mul'), ('openvino', 'GroupConvolution')])
+def test_profile(runtime, kind):
+    if runtime == 'openvino':
+        pytest.importorskip('openvino', reason="OpenVINO is not installed: pip install 'gmnet-timm[bench]'")
+    total, *kinds = profile('gmnet_s1', runtime, 'float32', threads=1).splitlines()
+    ms = [float(line.split()[0]) for line in kinds]
+    assert any(kind in line for line in kinds) and ms == sorted(ms, reverse=True)
+    assert sum(ms) == pytest.approx(float(total.split()[0]), rel=0.1)  # the kinds that are left out are small
 
 
 def test_missing_extra(monkeypatch):
