@@ -87,7 +87,8 @@ def value(rows: List[Row], results: Results) -> str:
     best = max(timed, key=images_per_s)
     if results.settings.mode == 'throughput':
         return f'{images_per_s(best):,.0f} ({best.case.batch})'
-    text = f'{statistics.median(best.samples_ms):.3g}'
+    ms = statistics.median(best.samples_ms)
+    text = f'{ms:,.0f}' if ms >= 100 else f'{ms:.3g}'
     return text if best.memory_mb is None else f'{text} ({best.memory_mb:,.0f} MB)'
 
 

@@ -30,5 +30,5 @@ def test_detection(tmp_path):
 
 
 def test_they_are_short():
-    for example in EXAMPLES.glob('*.py'):
-        assert len(example.read_text(encoding='utf-8').splitlines()) < 60, example
+    for name in ('segmentation.py', 'detection.py'):
+        assert len((EXAMPLES / name).read_text(encoding='utf-8').splitlines()) < 60, name
