@@ -10,6 +10,7 @@ import shlex
 import sys
 from pathlib import Path
 
+import timm
 import torch
 
 from gmnet_timm.device import resolve_device
@@ -69,6 +70,9 @@ def settings(args: argparse.Namespace) -> Settings:
     training = args.mode == 'training'
     device = resolve_device(args.device)
     on_cpu = torch.device(device).type == 'cpu'
+    unknown = [name for name in args.models if not timm.is_model(name)]
+    if unknown:
+        raise UserError(f'timm has no model {", ".join(unknown)}: see timm.list_models().')
     fold = args.fold or ('no' if training else 'yes')
     if args.smoke:
         args.rounds, args.calls, args.img_size = 2, 1, 64

@@ -108,17 +108,21 @@ def measure(settings: Settings, log: Callable[[str], None] = print) -> Tuple[Lis
         del forwards
         release()
 
-    ceilings = Ceilings(
-        {precision: max(
-            settings.product_size ** 3 / (1e-3 * statistics.median(s))
-            for key, s in limit_samples.items() if key != 'copy' and key[1] == precision)
-            for precision in settings.precisions},
-        2 * settings.copy_mb * 2 ** 20 / (1e-3 * statistics.median(limit_samples['copy'])),
-    )
+    ceilings = ceilings_from(limit_samples, settings)
     for row in rows:
         if row.work is not None:
             row.roofline_ms = ceilings.roofline_ms(row.work, row.case.batch, row.case.precision)
     return rows, ceilings
+
+
+def ceilings_from(samples_ms: Dict[Any, List[float]], settings: Settings) -> Ceilings:
+    """The fastest product of each precision, and the copy, which reads and writes each byte."""
+    seconds = {key: 1e-3 * statistics.median(samples) for key, samples in samples_ms.items()}
+    copied = 2 * settings.copy_mb * 2 ** 20 / seconds.pop('copy')
+    return Ceilings({
+        precision: max(settings.product_size ** 3 / s for (_, p, _), s in seconds.items() if p == precision)
+        for precision in settings.precisions
+    }, copied)
 
 
 def batches(settings: Settings, rows: List[Row]) -> Iterator[List[Case]]:

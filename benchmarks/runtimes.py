@@ -44,7 +44,7 @@ def compile_whole(net: nn.Module, mode: Optional[str] = None) -> Callable[[torch
 
 def first_call(net: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> Forward:
     """Compile now. Only frozen weights are packed for oneDNN on a CPU, and `options` of torch.compile come too late."""
-    with torch._inductor.config.patch(freezing=True):
+    with torch._inductor.config.patch(freezing=x.device.type == 'cpu'):
         net(x)
     return lambda: net(x)
 

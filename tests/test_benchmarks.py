@@ -276,6 +276,12 @@ def test_smoke(tmp_path, mode, options):
                for r, s in status.items()), status
 
 
+def test_unknown_model():
+    command = [sys.executable, '-m', 'benchmarks', 'run', 'latency', '--smoke', '--models', 'gmnet_s9']
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert run.returncode == 1 and run.stderr.endswith('error: timm has no model gmnet_s9: see timm.list_models().\n')
+
+
 @pytest.mark.parametrize('runtime, kind', [('eager', 'aten::mul'), ('openvino', 'GroupConvolution')])
 def test_profile(runtime, kind):
     total, *kinds = profile('gmnet_s1', runtime, 'float32', threads=1).splitlines()
