@@ -282,7 +282,11 @@ def test_unknown_model():
     assert run.returncode == 1 and run.stderr.endswith('error: timm has no model gmnet_s9: see timm.list_models().\n')
 
 
-@pytest.mark.parametrize('runtime, kind', [('eager', 'aten::mul'), ('openvino', 'GroupConvolution')])
+@pytest.mark.parametrize('runtime, kind', [
+    ('eager', 'aten::mul'),
+    ('openvino', 'GroupConvolution'),
+    pytest.param('compile', 'mkldnn::_convolution_pointwise', marks=pytest.mark.slow),  # only if it has been frozen
+])
 def test_profile(runtime, kind):
     total, *kinds = profile('gmnet_s1', runtime, 'float32', threads=1).splitlines()
     ms = [float(line.split()[0]) for line in kinds]
