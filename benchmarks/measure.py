@@ -67,7 +67,7 @@ class Settings:
     smoke: bool
 
     def cases(self, batch: int) -> Iterator[Case]:
-        """Every combination, but one layout for what lays out data by itself, and no folding for training."""
+        """Every combination, but one layout for what lays out data by itself."""
         for name, runtime, folded, precision, layout in itertools.product(
                 self.models, self.runtimes, self.folded, self.precisions, self.layouts):
             if runtime in ('onnxruntime', 'openvino') and layout != self.layouts[0]:
@@ -106,6 +106,7 @@ def measure(settings: Settings, log: Callable[[str], None] = print) -> Tuple[Lis
         for row in rows:
             row.samples_ms = samples.get(row.case, row.samples_ms)
         del forwards
+        torch.compiler.reset()
         release()
 
     ceilings = ceilings_from(limit_samples, settings)
@@ -230,7 +231,8 @@ def targets(x: torch.Tensor) -> torch.Tensor:
 def peak_memory_mb(case: Case, device: torch.device) -> Optional[float]:
     """The most memory that a training step uses: weights, gradients, optimizer state, activations and scratch space.
 
-    As allocated by torch on a GPU. On a CPU the growth of a fresh process, where nothing has left free memory behind.
+    As allocated by torch on CUDA. On a CPU the growth of a fresh process, where nothing has left free memory behind.
+    None where neither can be known.
     """
     if device.type == 'cuda':
         release()
@@ -238,6 +240,8 @@ def peak_memory_mb(case: Case, device: torch.device) -> Optional[float]:
         torch.cuda.reset_peak_memory_stats()
         two_steps(case, device)
         return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+    if device.type != 'cpu':
+        return None
     with multiprocessing.get_context('spawn').Pool(1) as pool:
         return pool.apply(resident_growth_mb, (case, torch.get_num_threads()))
 
@@ -307,7 +311,6 @@ def synchronize(device: str) -> None:
 
 def release() -> None:
     gc.collect()
-    torch.compiler.reset()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
