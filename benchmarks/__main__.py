@@ -17,7 +17,7 @@ from gmnet_timm.device import resolve_device
 from gmnet_timm.errors import UserError
 
 from .machine import describe_machine, keep_freed_memory, slug
-from .measure import Settings, measure
+from .measure import LAYOUTS, Settings, measure
 from .models import MODELS
 from .profiling import profile
 from .report import compare, report
@@ -39,7 +39,7 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument('--runtimes', nargs='+', choices=list(RUNTIMES), default=['eager'])
     run.add_argument('--fold', choices=['yes', 'no', 'both'], help='default: yes, for training no')
     run.add_argument('--precisions', nargs='+', choices=list(DTYPES), default=['float32'])
-    run.add_argument('--layouts', nargs='+', choices=['contiguous', 'channels_last'], default=['channels_last'])
+    run.add_argument('--layouts', nargs='+', choices=list(LAYOUTS), default=['channels_last'])
     run.add_argument('--batch-size', type=int, help='latency: 1, training: 32, throughput: where the sweep ends, 256')
     run.add_argument('--threads', type=int, help='of the CPU (default: as torch chooses)')
     run.add_argument('--img-size', type=int, help='default: that of the published accuracy')

@@ -12,10 +12,12 @@ import torch
 from torch import nn
 
 from .limits import Ceilings, Copy, Work, measure_work, product_forwards
-from .models import MODELS, Model, create, fold
+from .models import create, find, fold
 from .runtimes import DTYPES, RUNTIMES, Forward, Unsupported, compile_whole
 
 __all__ = ['Case', 'Row', 'Settings', 'measure']
+
+LAYOUTS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
 
 # Relative error of the logits, against those of the eager float32 model, above which a case is not timed. Random
 # weights amplify rounding (MobileNetV2 in bfloat16 to 0.2); logits that have nothing to do with it are at 1.4.
@@ -72,8 +74,7 @@ class Settings:
                 self.models, self.runtimes, self.folded, self.precisions, self.layouts):
             if runtime in ('onnxruntime', 'openvino') and layout != self.layouts[0]:
                 continue
-            model = MODELS.get(name, Model(name))
-            yield Case(name, self.img_size or model.img_size, runtime, folded, precision, layout, batch)
+            yield Case(name, self.img_size or find(name).img_size, runtime, folded, precision, layout, batch)
 
 
 def measure(settings: Settings, log: Callable[[str], None] = print) -> Tuple[List[Row], Ceilings]:
@@ -154,7 +155,7 @@ def built(cases: Sequence[Case], settings: Settings) -> Iterator[Tuple[Case, Opt
     """Build and check each case; the ones of one model share its weights."""
     training = settings.mode == 'training'
     for (name, img_size), group in itertools.groupby(cases, key=lambda case: (case.model, case.img_size)):
-        net = create(dataclasses.replace(MODELS.get(name, Model(name)), img_size=img_size))
+        net = create(dataclasses.replace(find(name), img_size=img_size))
         params = sum(p.numel() for p in net.parameters())
         image = torch.randn(1, 3, img_size, img_size)
         folded = fold(net, image)
@@ -177,11 +178,11 @@ def built(cases: Sequence[Case], settings: Settings) -> Iterator[Tuple[Case, Opt
 def inference(
         net: nn.Module, candidate: nn.Module, x: torch.Tensor, case: Case, settings: Settings, row: Row) -> Forward:
     """A checked forward pass, `net` being the model as it is."""
-    layout = getattr(torch, 'channels_last' if case.layout == 'channels_last' else 'contiguous_format')
     with torch.no_grad():  # not inference mode, without which nothing is exported, and which would compile anew
         expected = net(x)
         forward = RUNTIMES[case.runtime](
-            candidate.to(memory_format=layout), x.to(memory_format=layout), case.precision, settings.threads)
+            candidate.to(memory_format=LAYOUTS[case.layout]), x.to(memory_format=LAYOUTS[case.layout]), case.precision,
+            settings.threads)
         row.error = relative_error(forward(), expected)
     if not row.error <= TOLERANCE[case.precision]:  # also for NaN
         row.status = f'wrong output: relative error {row.error:.1e}'
@@ -204,9 +205,8 @@ def training_step(net: nn.Module, x: torch.Tensor, case: Case, row: Row) -> Forw
 
 def prepare_training(case: Case, x: torch.Tensor) -> Tuple[Forward, Forward]:
     """A training step, and the loss before it."""
-    net = create(dataclasses.replace(MODELS.get(case.model, Model(case.model)), img_size=case.img_size)).train()
-    layout = getattr(torch, 'channels_last' if case.layout == 'channels_last' else 'contiguous_format')
-    net, x = net.to(x.device).to(memory_format=layout), x.to(memory_format=layout)
+    net = create(dataclasses.replace(find(case.model), img_size=case.img_size)).train()
+    net, x = net.to(x.device).to(memory_format=LAYOUTS[case.layout]), x.to(memory_format=LAYOUTS[case.layout])
     forward = compile_whole(net) if case.runtime == 'compile' else net
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
 

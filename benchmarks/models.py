@@ -12,7 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from gmnet_timm.info import PAPER
 
-__all__ = ['MODELS', 'Model', 'create', 'fold']
+__all__ = ['MODELS', 'Model', 'create', 'find', 'fold']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +46,11 @@ MODELS: Dict[str, Model] = {model.name: model for model in [
     Model('efficientvim_m2', 224, 75.4, 76.7, 'authors\' repository, mlvlab/EfficientViM'),
     Model('fastvit_t8', 256, 76.2, 77.2, TIMM),
 ]}
+
+
+def find(name: str) -> Model:
+    """What is known of a model of timm, which may be no more than its name."""
+    return MODELS.get(name, Model(name))
 
 
 def create(model: Model) -> nn.Module:

@@ -4,7 +4,7 @@ from typing import Counter
 
 import torch
 
-from .models import MODELS, Model, create, fold
+from .models import create, find, fold
 from .runtimes import RUNTIMES, openvino_request
 
 __all__ = ['profile']
@@ -22,7 +22,7 @@ def profile(name: str, runtime: str, precision: str, threads: int) -> str:
         threads: CPU threads.
     """
     torch.set_num_threads(threads)
-    model = MODELS.get(name, Model(name))
+    model = find(name)
     x = torch.randn(1, 3, model.img_size, model.img_size)
     with torch.no_grad():
         net = fold(create(model), x).to(memory_format=torch.channels_last)

@@ -9,7 +9,7 @@ from gmnet_timm.errors import MissingExtraError, UserError
 from gmnet_timm.files import replacing, write_text
 
 from .measure import Case, Row
-from .models import MODELS, Model
+from .models import MODELS, find
 from .results import Results, quantile
 
 __all__ = ['compare', 'report']
@@ -112,7 +112,7 @@ def images_per_s(row: Row) -> float:
 
 
 def accuracy(name: str) -> str:
-    model = MODELS.get(name, Model(name))
+    model = find(name)
     plain = f'{model.top1:.1f}' if model.top1 else ''
     distilled = f'{model.top1_distilled:.1f} (d)' if model.top1_distilled else ''
     return ', '.join(filter(None, [plain, distilled]))
@@ -196,7 +196,7 @@ def draw_panel(ax, points: Dict[str, float]) -> None:
     best = frontier([(ms, top1) for ms, top1 in known if top1])
     ax.plot(*best, color='0.6', ls='--', lw=1, zorder=1)
     for name, ms in points.items():
-        model = MODELS.get(name, Model(name))
+        model = find(name)
         top1s = [top1 for top1 in (model.top1, model.top1_distilled) if top1]
         if not top1s:
             continue
