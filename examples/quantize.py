@@ -1,5 +1,6 @@
 """Quantise a trained model to int8 with ONNX Runtime and with OpenVINO, and measure what it costs and what it saves.
 
+    pip install 'gmnet-timm[ecosystem,demo]'
     gmnet-timm demo --output output/demo
     python examples/quantize.py local-dir:output/demo/model output/demo/data --output output/int8
 """
