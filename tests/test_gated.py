@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import randomize
 from timm.utils import reparameterize_model
 
-from gmnet_timm.checkpoint import infer_architecture, load_model
+from gmnet_timm.checkpoint.architecture import infer_architecture, load_model
 from gmnet_timm.gmnet import GmNetBlock
 
 BASES = ('resnet18', 'mobilenetv2_100')
@@ -90,7 +90,7 @@ def test_parameters_of_gmnet_gates(gate, params):
 @pytest.mark.parametrize('gate', ['fc', 'dw', 'ln'])
 def test_gmnet_gate_equals_its_definition(gate):
     torch.manual_seed(0)
-    block = GmNetBlock(8, expansion=2, gate=gate, init_values=1.).double().eval()
+    block = GmNetBlock(8, mlp_ratio=2, gate=gate, init_values=1.).double().eval()
     h = torch.randn(2, 16, 7, 9, dtype=torch.float64)
     if gate == 'ln':
         torch.nn.init.normal_(block.gate.weight), torch.nn.init.normal_(block.gate.bias)
@@ -111,7 +111,7 @@ def test_gmnet_gate_equals_its_definition(gate):
 
 @pytest.mark.parametrize('act', ['identity', 'relu', 'gelu', 'relu6'])
 def test_activations_by_name(act):
-    model = timm.create_model('gmnet_s1', act_layer=act, width=8, depths=(1,) * 4).eval()
+    model = timm.create_model('gmnet_s1', act_layer=act, base_dim=8, depths=(1,) * 4).eval()
     block = model.stages[0][1]
     expected = {'identity': lambda x: x, 'relu': F.relu, 'gelu': F.gelu, 'relu6': F.relu6}[act]
     x = 4 * torch.randn(100)
@@ -122,7 +122,7 @@ def test_activations_by_name(act):
 @pytest.mark.parametrize('gate', ['identity', 'fc', 'dw', 'ln'])
 def test_gates_fuse_script_and_compile(gate):
     torch.manual_seed(0)
-    args = dict(width=8, depths=(1, 1, 2, 1), gate=gate, init_values=.5, num_classes=5)
+    args = dict(base_dim=8, depths=(1, 1, 2, 1), gate=gate, init_values=.5, num_classes=5)
     model = randomize(timm.create_model('gmnet_s1', **args)).eval()
     x = torch.randn(2, 3, 64, 64)
     with torch.no_grad():

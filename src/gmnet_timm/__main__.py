@@ -1,4 +1,4 @@
-from gmnet_timm.cli import main
+from gmnet_timm.cli.main import main
 
 if __name__ == '__main__':
     raise SystemExit(main())

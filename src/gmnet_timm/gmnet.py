@@ -11,7 +11,7 @@ Written from the paper and the published description of the authors' code (https
 with the parameter names and the initialisation of that code, so that its checkpoints load without remapping.
 
 `gmnet_s3` is the configuration the authors released. No code was released for `gmnet_s1`, `gmnet_s2` and `gmnet_s4`:
-their widths, depths and expansions are reconstructed from the paper's parameter counts and FLOPs, which they reproduce.
+their `base_dim`, `depths` and `mlp_ratios` are reconstructed from the paper's parameter counts and FLOPs, which they reproduce.
 
 For deployment, `reparameterize_model(model.eval())` folds BatchNorm and layer scale into the convolutions.
 """
@@ -116,10 +116,10 @@ class GmNetBlock(nn.Module):
     def __init__(
             self,
             dim: int,
-            expansion: int = 3,
+            mlp_ratio: int = 3,
             dilation: int = 1,
             drop_path: float = 0.,
-            init_values: float = 1e-6,
+            init_values: Optional[float] = 1e-6,
             act_layer: LayerType = 'relu6',
             gate: str = 'identity',
             norm_layer: LayerType = 'batchnorm2d',
@@ -128,14 +128,15 @@ class GmNetBlock(nn.Module):
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
-        hidden_dim = expansion * dim
+        hidden_dim = mlp_ratio * dim
         self.dwconv = ConvBn(dim, dim, 7, dilation=dilation, groups=dim, norm_layer=norm_layer, **dd)
         self.f1 = ConvBn(dim, hidden_dim, **dd)
         self.act = get_act_layer(act_layer)()  # never in place, the gate needs its input twice
         self.gate = create_gate(gate, hidden_dim, dilation=dilation, **dd)
         self.g = ConvBn(hidden_dim, dim, norm_layer=norm_layer, **dd)
         self.dwconv2 = ConvBn(dim, dim, 7, dilation=dilation, groups=dim, **dd)
-        self.gamma: Optional[nn.Parameter] = nn.Parameter(init_values * torch.ones(dim, **dd))
+        self.gamma: Optional[nn.Parameter] = \
+            nn.Parameter(init_values * torch.ones(dim, **dd)) if init_values else None
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -174,10 +175,10 @@ class GmNet(nn.Module):
             global_pool: str = 'avg',
             output_stride: int = 32,
             stem_chs: int = 32,
-            width: int = 48,
+            base_dim: int = 48,
             depths: Tuple[int, ...] = (3, 3, 8, 3),
-            expansions: Tuple[int, ...] = (4, 4, 4, 4),
-            init_values: float = 1e-6,
+            mlp_ratios: Tuple[int, ...] = (4, 4, 4, 4),
+            init_values: Optional[float] = 1e-6,
             act_layer: LayerType = 'relu6',
             gate: str = 'identity',
             norm_layer: LayerType = 'batchnorm2d',
@@ -193,10 +194,10 @@ class GmNet(nn.Module):
             global_pool: Global pooling type, '' for none.
             output_stride: Network output stride (8, 16 or 32). Down-sampling is replaced by dilation beyond it.
             stem_chs: Output channels of the stem.
-            width: Channels of the first stage, doubled in each following one.
+            base_dim: Channels of the first stage, doubled in each following one.
             depths: Number of blocks per stage.
-            expansions: Ratio of hidden to outer channels of the blocks, per stage.
-            init_values: Initial value of the layer scale.
+            mlp_ratios: Ratio of hidden to outer channels of the blocks, per stage.
+            init_values: Initial value of the layer scale, no layer scale if None or 0.
             act_layer: Activation layer of the stem and the gates.
             gate: What the activation is multiplied with: 'identity' for the block's own input, or the paper's ablations
                 'fc', 'dw' and 'ln'.
@@ -208,8 +209,8 @@ class GmNet(nn.Module):
         super().__init__()
         if output_stride not in (8, 16, 32):
             raise ValueError(f'output_stride must be 8, 16 or 32, got {output_stride}')
-        if len(depths) != len(expansions):
-            raise ValueError(f'depths and expansions must have the same length, got {depths} and {expansions}')
+        if len(depths) != len(mlp_ratios):
+            raise ValueError(f'depths and mlp_ratios must have the same length, got {depths} and {mlp_ratios}')
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -224,8 +225,8 @@ class GmNet(nn.Module):
         dpr = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         net_stride, dilation, prev_chs = 2, 1, stem_chs
-        for i, (depth, expansion) in enumerate(zip(depths, expansions)):
-            dim = width * 2 ** i
+        for i, (depth, mlp_ratio) in enumerate(zip(depths, mlp_ratios)):
+            dim = base_dim * 2 ** i
             stride, first_dilation = 2, dilation
             if net_stride * stride > output_stride:
                 stride = 1
@@ -236,7 +237,7 @@ class GmNet(nn.Module):
             blocks = [
                 GmNetBlock(
                     dim,
-                    expansion=expansion,
+                    mlp_ratio=mlp_ratio,
                     dilation=dilation,
                     drop_path=dpr[i][j],
                     init_values=init_values,
@@ -425,26 +426,26 @@ def _create_gmnet(variant: str, pretrained: bool = False, **kwargs: Any) -> GmNe
 @register_model
 def gmnet_s1(pretrained: bool = False, **kwargs: Any) -> GmNet:
     """GmNet-S1, reconstructed configuration."""
-    model_args = dict(width=40, depths=(2, 2, 10, 2), expansions=(3, 3, 3, 2))
+    model_args = dict(base_dim=40, depths=(2, 2, 10, 2), mlp_ratios=(3, 3, 3, 2))
     return _create_gmnet('gmnet_s1', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def gmnet_s2(pretrained: bool = False, **kwargs: Any) -> GmNet:
     """GmNet-S2, reconstructed configuration."""
-    model_args = dict(width=48, depths=(2, 2, 8, 3), expansions=(3, 3, 3, 3))
+    model_args = dict(base_dim=48, depths=(2, 2, 8, 3), mlp_ratios=(3, 3, 3, 3))
     return _create_gmnet('gmnet_s2', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def gmnet_s3(pretrained: bool = False, **kwargs: Any) -> GmNet:
     """GmNet-S3, the authors' released configuration."""
-    model_args = dict(width=48, depths=(3, 3, 8, 3), expansions=(4, 4, 4, 4))
+    model_args = dict(base_dim=48, depths=(3, 3, 8, 3), mlp_ratios=(4, 4, 4, 4))
     return _create_gmnet('gmnet_s3', pretrained=pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def gmnet_s4(pretrained: bool = False, **kwargs: Any) -> GmNet:
     """GmNet-S4, reconstructed configuration."""
-    model_args = dict(width=68, depths=(3, 3, 11, 3), expansions=(4, 4, 4, 4))
+    model_args = dict(base_dim=68, depths=(3, 3, 11, 3), mlp_ratios=(4, 4, 4, 4))
     return _create_gmnet('gmnet_s4', pretrained=pretrained, **dict(model_args, **kwargs))

@@ -20,8 +20,8 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import random_seed
 
 from gmnet_timm import __version__
+from gmnet_timm.demo.photos import PhotoPatches, prepare_photo_patches
 from gmnet_timm.errors import UserError
-from gmnet_timm.photos import PhotoPatches, prepare_photo_patches
 
 from .bands import SplitOptions, evaluate_bands
 from .data import create_band_loader

@@ -9,7 +9,7 @@ import yaml
 from timm.data import resolve_data_config
 from torch import nn
 
-from gmnet_timm.checkpoint import infer_architecture, read_state_dict
+from gmnet_timm.checkpoint.architecture import infer_architecture, read_state_dict
 from gmnet_timm.errors import UserError
 
 __all__ = ['Subject', 'load_subject', 'read_run_args', 'run_checkpoints']

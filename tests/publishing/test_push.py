@@ -22,9 +22,9 @@ from safetensors.torch import load_file, save_file
 from timm.utils import reparameterize_model
 
 from gmnet_timm import GmNet
-from gmnet_timm.cli import main
+from gmnet_timm.cli.main import main
 
-TINY = dict(width=4, depths=(1, 1, 1, 1), expansions=(2, 2, 2, 2), stem_chs=4)
+TINY = dict(base_dim=4, depths=(1, 1, 1, 1), mlp_ratios=(2, 2, 2, 2), stem_chs=4)
 FILES = {'model.safetensors', 'config.json', 'README.md'}
 LABELS = ['cat', 'dog', 'owl']
 
@@ -267,7 +267,7 @@ def test_saved_folder(run, tmp_path, checkpoint, names):
     (dict(in_chans=1), torch.float16),
     (dict(in_chans=4, num_classes=2), torch.float64),
     (dict(global_pool='catavgmax'), torch.float32),
-    (dict(width=40, depths=(2, 2, 10, 2), expansions=(3, 3, 3, 2), stem_chs=32), torch.float32),
+    (dict(base_dim=40, depths=(2, 2, 10, 2), mlp_ratios=(3, 3, 3, 2), stem_chs=32), torch.float32),
 ], ids=['grey, half precision', 'four channels, double precision', 'pooling', 'gmnet_s1'])
 def test_saved_variants(run, tmp_path, kwargs, dtype):
     """Whatever the model, config.json builds it again, by itself and without num_classes, which transformers adds."""
@@ -279,7 +279,7 @@ def test_saved_variants(run, tmp_path, kwargs, dtype):
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
     assert config['architecture'] == 'gmnet_s1'
     args = config.get('model_args', {})
-    assert 'num_classes' not in args and ('width' in args) == ('width' not in kwargs)
+    assert 'num_classes' not in args and ('base_dim' in args) == ('base_dim' not in kwargs)
     built = timm.create_model(config['architecture'], num_classes=config['num_classes'], **args)
     built.load_state_dict(load_file(tmp_path / 'out' / 'model.safetensors'))
     assert torch.equal(logits(built), logits(model.float()))
@@ -617,7 +617,7 @@ def test_card_usage_runs_as_printed(index, run, hub, tmp_path, checkpoint, names
 @pytest.mark.parametrize('in_chans', [1, 4])
 def test_card_usage_with_other_channels(in_chans, run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    torch.save(timm.create_model('gmnet_s1', width=8, depths=(1, 1, 1, 1), in_chans=in_chans).state_dict(), 'grey.pth')
+    torch.save(timm.create_model('gmnet_s1', base_dim=8, depths=(1, 1, 1, 1), in_chans=in_chans).state_dict(), 'grey.pth')
     mean, std = [['0.5'] * in_chans] * 2
     succeed(run('save', 'grey.pth', 'model', '--img-size', 64, '--mean', *mean, '--std', *std))
     (code,) = re.findall(r'```python\n(.*?)```', Path('model', 'README.md').read_text(), re.DOTALL)
@@ -635,7 +635,7 @@ def test_every_documented_command(index, run, hub, tmp_path, names, monkeypatch)
     for name in LABELS:
         Path('pets', name).mkdir(parents=True)
         Path('pets', name, 'x.jpg').touch()
-    text = (Path(__file__).parent.parent / 'docs' / 'publishing.md').read_text(encoding='utf-8')
+    text = (Path(__file__).parents[2] / 'docs' / 'publishing.md').read_text(encoding='utf-8')
     blocks = re.findall(r'```(console|python)\n(.*?)```', text, re.DOTALL)
     commands = [line for language, block in blocks if language == 'console' for line in block.splitlines()]
     assert len(commands) >= 15

@@ -188,7 +188,7 @@ srun torchrun --nnodes={layout.nodes} --nproc_per_node={per_node} --rdzv_id="$SL
 
 def _recipe_text(name: str) -> str:
     images_a_step(name)  # refuses a name that is no recipe
-    return Path(__file__).with_name(f'{name}.yaml').read_text(encoding='utf-8')
+    return Path(__file__).with_name('recipes').joinpath(f'{name}.yaml').read_text(encoding='utf-8')
 
 
 def _set_value(text: str, key: str, value: Any) -> str:

@@ -82,7 +82,7 @@ def _run_demo(args: argparse.Namespace) -> None:
     shows that training, resuming, saving and loading work; it does not measure how well new photographs are recognised,
     nor anything about ImageNet.
     """
-    from gmnet_timm.demo import run_demo
+    from gmnet_timm.demo.train import run_demo
     print(run_demo(**{name: value for name, value in vars(args).items() if name != 'run'}))
 
 
@@ -100,7 +100,7 @@ def _run_info(args: argparse.Namespace) -> None:
     """Print sizes, multiply-adds, provenance and weights of a model, or what a checkpoint file holds."""
     from timm.models import is_model, list_models
 
-    from gmnet_timm.checkpoint import infer_architecture, read_state_dict
+    from gmnet_timm.checkpoint.architecture import infer_architecture, read_state_dict
     from gmnet_timm.info import PAPER, format_model, format_table, model_info
 
     if args.model is None:
@@ -115,7 +115,7 @@ def _run_info(args: argparse.Namespace) -> None:
 
 
 def _add_freq(commands) -> None:
-    from gmnet_timm.frequency.cli import add_commands
+    from gmnet_timm.cli.frequency import add_commands
 
     parser = commands.add_parser(
         'freq',
@@ -138,7 +138,7 @@ def _add_save(commands) -> None:
 
 def _run_save(args: argparse.Namespace) -> None:
     """Write model.safetensors, config.json and README.md, and check that timm loads them to identical logits."""
-    from gmnet_timm.hub import save_folder
+    from gmnet_timm.publishing.push import save_folder
 
     folder = save_folder(
         _source(args), args.folder, repo_id=args.repo_id, license=args.license, datasets=args.dataset, force=args.force,
@@ -163,7 +163,7 @@ def _add_push(commands) -> None:
 
 def _run_push(args: argparse.Namespace) -> None:
     """Publish weights, configuration and model card as one commit, and read the commit back."""
-    from gmnet_timm.hub import push, save_folder
+    from gmnet_timm.publishing.push import push, save_folder
 
     if args.dry_run:
         if '/' not in args.repo_id:
@@ -204,7 +204,7 @@ def _add_source_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _source(args: argparse.Namespace):
     """Read what the arguments of `_add_source_arguments` name, and print what had to be assumed."""
-    from gmnet_timm.source import read_source
+    from gmnet_timm.publishing.source import read_source
 
     preprocessing = {name: getattr(args, name) for name in ('img_size', 'crop_pct', 'interpolation', 'mean', 'std')}
     metrics = {name: getattr(args, name) for name in ('top1', 'top5')}
@@ -234,7 +234,7 @@ def _add_verify(commands) -> None:
 
 def _run_verify(args: argparse.Namespace) -> int:
     """Check weights, configuration, card and logits. The exit status is 1 if a check fails."""
-    from gmnet_timm.hub import verify
+    from gmnet_timm.publishing.push import verify
 
     checks = verify(args.name, token=args.token)
     for check in checks:
@@ -257,8 +257,8 @@ def _run_convert(args: argparse.Namespace) -> None:
     """Write the weights of a checkpoint to another file. Optimizer state and the like are left behind."""
     import torch
 
-    from gmnet_timm.convert import convert
-    from gmnet_timm.integrity import protection, weights_sha256
+    from gmnet_timm.checkpoint.convert import convert
+    from gmnet_timm.checkpoint.integrity import protection, weights_sha256
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
     state_dict = convert(args.source, args.target, dtype=dtype, use_ema=args.use_ema, force=args.force)
@@ -297,7 +297,7 @@ def _run_recipe(args: argparse.Namespace) -> int:
     """Write a training recipe whose GPUs x batch size x accumulation is the published number of images a step."""
     from timm.models import is_model, list_models
 
-    from gmnet_timm import recipes
+    from gmnet_timm.training import recipe as recipes
 
     if args.check is not None:
         return _check_recipe(args)
@@ -339,7 +339,7 @@ def _recipe_values(args: argparse.Namespace) -> dict:
 
 
 def _check_recipe(args: argparse.Namespace) -> int:
-    from gmnet_timm.recipes.train_parser import check_file, train_script
+    from gmnet_timm.training.train_parser import check_file, train_script
 
     script = train_script(args.train_script)
     problems = check_file(args.check, script)
@@ -365,8 +365,8 @@ def _add_check_run(commands) -> None:
 
 def _run_check_run(args: argparse.Namespace) -> int:
     """Read a run folder of train.py. The exit status is 1 if the training is not well."""
-    from gmnet_timm.recipes import images_a_step
-    from gmnet_timm.training_run import format_run, plot_run, read_run, symptoms
+    from gmnet_timm.training.recipe import images_a_step
+    from gmnet_timm.training.run import format_run, plot_run, read_run, symptoms
 
     images_a_step(args.recipe)  # refuses a name that is no recipe
     run = read_run(args.run_dir)

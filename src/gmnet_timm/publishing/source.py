@@ -9,8 +9,8 @@ import torch
 import yaml
 from timm.data import ImageNetInfo, create_dataset, resolve_data_config
 
-from . import gmnet
-from .checkpoint import (
+from gmnet_timm import gmnet
+from gmnet_timm.checkpoint.architecture import (
     Architecture,
     CheckpointError,
     infer_architecture,
@@ -18,7 +18,7 @@ from .checkpoint import (
     read_state_dict,
     require_ema,
 )
-from .errors import UserError
+from gmnet_timm.errors import UserError
 
 __all__ = ['Metric', 'Source', 'read_source']
 

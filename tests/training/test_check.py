@@ -7,10 +7,10 @@ import timm
 import torch
 import yaml
 
-from gmnet_timm.cli import main
+from gmnet_timm.cli.main import main
 from gmnet_timm.errors import MissingExtraError, UserError
-from gmnet_timm.recipes import load_recipe
-from gmnet_timm.training_run import deviations, format_run, plot_run, read_run, symptoms
+from gmnet_timm.training.recipe import load_recipe
+from gmnet_timm.training.run import deviations, format_run, plot_run, read_run, symptoms
 
 HEADER = 'epoch,train_loss,eval_loss,eval_top1,eval_top5,lr\n'
 
@@ -28,7 +28,7 @@ def write_summary(folder, top1, loss=None, first=0):
 
 def write_checkpoint(folder, name, epoch, metric, world_size=8, state_dict=None, **extra):
     if state_dict is None:
-        state_dict = timm.create_model('gmnet_s1', width=8, depths=(1, 1, 1, 1), num_classes=3).state_dict()
+        state_dict = timm.create_model('gmnet_s1', base_dim=8, depths=(1, 1, 1, 1), num_classes=3).state_dict()
     args = argparse.Namespace(world_size=world_size, model='gmnet_s1')
     torch.save(dict(epoch=epoch, metric=metric, args=args, state_dict=state_dict, version=2, **extra), folder / name)
 
@@ -203,7 +203,7 @@ def test_checkpoint_that_would_run_code_is_refused(run, tmp_path):
 
 
 def test_weights_that_are_not_finite_are_not_for_publishing(run):
-    state_dict = timm.create_model('gmnet_s1', width=8, depths=(1, 1, 1, 1)).state_dict()
+    state_dict = timm.create_model('gmnet_s1', base_dim=8, depths=(1, 1, 1, 1)).state_dict()
     state_dict['head.bias'][0] = float('nan')
     write_checkpoint(run, 'checkpoint-6.pth.tar', 6, 50., state_dict=state_dict)
     publish = report(run)['publish'].strip()
@@ -216,7 +216,7 @@ def test_checkpoint_of_another_model_is_not_for_publishing(run):
 
 
 def test_averaged_weights_are_named(run):
-    state_dict = timm.create_model('gmnet_s1', width=8, depths=(1, 1, 1, 1)).state_dict()
+    state_dict = timm.create_model('gmnet_s1', base_dim=8, depths=(1, 1, 1, 1)).state_dict()
     write_checkpoint(run, 'checkpoint-6.pth.tar', 6, 50., state_dict=state_dict, state_dict_ema=state_dict)
     assert '(epoch 6, top1 50.00, averaged weights)' in report(run)['publish']
 

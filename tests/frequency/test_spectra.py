@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from gmnet_timm.cli import main
+from gmnet_timm.cli.main import main
 from gmnet_timm.errors import UserError
 from gmnet_timm.frequency import radial_power_spectrum
 from gmnet_timm.frequency.spectra import find_gates, layer_spectra
@@ -16,7 +16,7 @@ from gmnet_timm.frequency.spectra import find_gates, layer_spectra
 
 def _tiny_gmnet(**kwargs):
     torch.manual_seed(0)
-    return timm.create_model('gmnet_s1', width=8, depths=(1, 1, 2, 1), num_classes=3, **kwargs).eval()
+    return timm.create_model('gmnet_s1', base_dim=8, depths=(1, 1, 2, 1), num_classes=3, **kwargs).eval()
 
 
 def _batches(*sizes, side=64):

@@ -14,9 +14,16 @@ from typing import Any, Dict, List, Optional, Tuple, Union
 import torch
 from timm.models import load_state_dict
 
-from . import gmnet
-from .errors import UserError
-from .integrity import DamageError, _listed, check_container, check_values, recorded_sha256, weights_sha256
+from gmnet_timm import gmnet
+from gmnet_timm.checkpoint.integrity import (
+    DamageError,
+    _listed,
+    check_container,
+    check_values,
+    recorded_sha256,
+    weights_sha256,
+)
+from gmnet_timm.errors import UserError
 
 __all__ = [
     'Architecture', 'CheckpointError', 'infer_architecture', 'load_model', 'read_checkpoint_entries', 'read_state_dict',
@@ -39,9 +46,9 @@ class Architecture:
     Except for `act_layer`, which leaves no trace in the tensors: pass it to `build` where it is not ReLU6.
     """
 
-    width: int
+    base_dim: int
     depths: Tuple[int, ...]
-    expansions: Tuple[int, ...]
+    mlp_ratios: Tuple[int, ...]
     stem_chs: int
     in_chans: int
     num_classes: int
@@ -64,7 +71,7 @@ class Architecture:
 
     @property
     def model_name(self) -> Optional[str]:
-        """The registered model with this width, depths, expansions and gate, None if there is none."""
+        """The registered model with this base_dim, depths, mlp_ratios and gate, None if there is none."""
         name = self.nearest_model_name
         return None if self.differences(name) else name
 
@@ -102,7 +109,7 @@ class Architecture:
         theirs = _registered(name)
         return [
             (field, getattr(self, field), getattr(theirs, field))
-            for field in ('width', 'depths', 'expansions', 'stem_chs', 'gate')
+            for field in ('base_dim', 'depths', 'mlp_ratios', 'stem_chs', 'gate')
             if getattr(self, field) != getattr(theirs, field)
         ]
 
@@ -198,9 +205,9 @@ def infer_architecture(state_dict: Dict[str, torch.Tensor], verify: bool = True)
     hidden = [_conv_shape(shapes, f'stages.{i}.1.f1.conv.weight')[0] for i in range(len(dims))]
     head = shapes.get('head.weight') or (0, dims[-1])  # () is no shape of a head either
     architecture = Architecture(
-        width=dims[0],
+        base_dim=dims[0],
         depths=depths,
-        expansions=tuple(h // dim for h, dim in zip(hidden, dims)),
+        mlp_ratios=tuple(h // dim for h, dim in zip(hidden, dims)),
         stem_chs=stem[0],
         in_chans=stem[1],
         num_classes=head[0],

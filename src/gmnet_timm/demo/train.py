@@ -28,10 +28,10 @@ from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask, resume_task_checkpoint
 from timm.utils import AverageMeter, CheckpointSaver, accuracy, random_seed, update_summary
 
+from gmnet_timm.demo.photos import PATCH_SIZE, PHOTOS, SPLITS, PathLike, PhotoPatches, prepare_photo_patches
 from gmnet_timm.device import resolve_device
 from gmnet_timm.errors import MissingExtraError, UserError
 from gmnet_timm.files import write_text, writing
-from gmnet_timm.photos import PATCH_SIZE, PHOTOS, SPLITS, PathLike, PhotoPatches, prepare_photo_patches
 
 __all__ = ['DemoReport', 'run_demo']
 

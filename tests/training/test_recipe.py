@@ -11,9 +11,9 @@ import torch
 import yaml
 from timm.scheduler import create_scheduler_v2
 
-from gmnet_timm.cli import main
+from gmnet_timm.cli.main import main
 from gmnet_timm.errors import UserError
-from gmnet_timm.recipes import (
+from gmnet_timm.training.recipe import (
     RECIPES,
     RecipeError,
     compose_recipe,
@@ -22,7 +22,7 @@ from gmnet_timm.recipes import (
     plan_layout,
     slurm_script,
 )
-from gmnet_timm.recipes.train_parser import Option, check_config, check_file, read_options, train_script
+from gmnet_timm.training.train_parser import Option, check_config, check_file, read_options, train_script
 
 # Typed from the paper's description, not from the YAML file.
 PUBLISHED = dict(
@@ -256,7 +256,7 @@ def test_options_are_read_from_the_script(script):
     ('mean: [0.5, a]', "mean: 'a' is no float (YAML needs a point and a sign in it: 3.0e-3)"),
     ('input_size: [3, 224]', 'input_size has 3 values, not 2'),
     ('kind: medium', "kind: 'medium' is none of ['soft', 'hard']"),
-    ('model_kwargs: [width=8]', "model_kwargs: ['width=8'] is no mapping"),
+    ('model_kwargs: [base_dim=8]', "model_kwargs: ['base_dim=8'] is no mapping"),
     ('- lr', 'it is no mapping of argument names to values'),
     ('', 'it is no mapping of argument names to values'),
 ])

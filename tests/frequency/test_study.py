@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import t as student
 
-from gmnet_timm.cli import main
+from gmnet_timm.cli.main import main
 from gmnet_timm.frequency import study
 
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from conftest import SIZES, create
 
-from gmnet_timm import __version__, cli
+from gmnet_timm import __version__
+from gmnet_timm.cli import main as cli
 from gmnet_timm.info import PAPER, count_macs, model_info
 
 

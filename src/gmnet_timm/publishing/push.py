@@ -17,13 +17,13 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import RevisionNotFoundError
 from timm.models._hub import hf_split, load_model_config_from_path, save_config_for_hf
 
-from . import __version__
-from .checkpoint import Architecture, infer_architecture, load_model, read_state_dict
-from .convert import save_weights
-from .errors import UserError
-from .integrity import recorded_sha256
-from .model_card import TAGS, model_card
-from .source import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, Source
+from gmnet_timm import __version__
+from gmnet_timm.checkpoint.architecture import Architecture, infer_architecture, load_model, read_state_dict
+from gmnet_timm.checkpoint.convert import save_weights
+from gmnet_timm.checkpoint.integrity import recorded_sha256
+from gmnet_timm.errors import UserError
+from gmnet_timm.publishing.model_card import TAGS, model_card
+from gmnet_timm.publishing.source import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, Source
 
 __all__ = ['Check', 'Published', 'push', 'save_folder', 'verify']
 

@@ -22,8 +22,9 @@ from timm.models import load_checkpoint, load_state_dict
 
 pytest.importorskip('skimage')
 
-from gmnet_timm import demo, photos
-from gmnet_timm.cli import main
+from gmnet_timm.cli.main import main
+from gmnet_timm.demo import photos
+from gmnet_timm.demo import train as demo
 from gmnet_timm.errors import MissingExtraError, UserError
 
 TINY = dict(patches=8, batch_size=16, epochs=2, device='cpu')

@@ -10,10 +10,10 @@ from typing import Any, Dict, List, Optional, Tuple, TypeGuard, Union
 
 import yaml
 
-from .checkpoint import infer_architecture, read_checkpoint_entries, read_state_dict
-from .errors import MissingExtraError, UserError
-from .files import replacing
-from .recipes import RECIPES, Layout, load_recipe
+from gmnet_timm.checkpoint.architecture import infer_architecture, read_checkpoint_entries, read_state_dict
+from gmnet_timm.errors import MissingExtraError, UserError
+from gmnet_timm.files import replacing
+from gmnet_timm.training.recipe import RECIPES, Layout, load_recipe
 
 __all__ = ['Epoch', 'RunCheckpoint', 'TrainingRun', 'deviations', 'format_run', 'plot_run', 'read_run', 'symptoms']
 

@@ -8,7 +8,7 @@ import timm
 import torch
 from conftest import SIZES, create
 
-from gmnet_timm.checkpoint import CheckpointError, infer_architecture, load_model, read_state_dict
+from gmnet_timm.checkpoint.architecture import CheckpointError, infer_architecture, load_model, read_state_dict
 
 WRAPPINGS = {
     'bare': lambda sd: sd,
@@ -82,10 +82,10 @@ def test_architecture_of_registered_models(name):
 
 
 @pytest.mark.parametrize('kwargs', [
-    dict(width=24),
-    dict(depths=(1, 2, 3, 4), expansions=(2, 3, 4, 5)),
+    dict(base_dim=24),
+    dict(depths=(1, 2, 3, 4), mlp_ratios=(2, 3, 4, 5)),
     dict(stem_chs=16, num_classes=0),
-    dict(global_pool='catavgmax', depths=(1, 1, 1), expansions=(2, 2, 2), num_classes=5),
+    dict(global_pool='catavgmax', depths=(1, 1, 1), mlp_ratios=(2, 2, 2), num_classes=5),
 ])
 def test_architecture_of_other_models(kwargs, tmp_path):
     model = create('gmnet_s2', **kwargs)
@@ -103,7 +103,7 @@ def test_differences_are_named():
     architecture = infer_architecture(timm.create_model('gmnet_s3', depths=(3, 3, 9, 3), device='meta').state_dict())
     assert architecture.nearest_model_name == 'gmnet_s3'
     assert architecture.differences('gmnet_s3') == ['depths (3, 3, 9, 3) instead of (3, 3, 8, 3)']
-    assert 'width 48 instead of 68' in architecture.differences('gmnet_s4')
+    assert 'base_dim 48 instead of 68' in architecture.differences('gmnet_s4')
 
 
 class RunsCode:

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import save, save_file
 
 from gmnet_timm import GmNet
-from gmnet_timm.checkpoint import CheckpointError, infer_architecture, load_model, read_state_dict
-from gmnet_timm.convert import save_weights
+from gmnet_timm.checkpoint.architecture import CheckpointError, infer_architecture, load_model, read_state_dict
+from gmnet_timm.checkpoint.convert import save_weights
 
 SUFFIXES = {'hashed': '.safetensors', 'plain': '.safetensors', 'zip': '.pth', 'legacy': '.pth'}
 CASES_PER_FORMAT = 600
@@ -29,7 +29,7 @@ MAX_EXTRA_MEMORY = 300 << 20  # bytes
 
 def tiny_state_dict():
     torch.manual_seed(0)
-    return GmNet(width=2, depths=(1, 1), expansions=(2, 1), stem_chs=2, num_classes=3).state_dict()
+    return GmNet(base_dim=2, depths=(1, 1), mlp_ratios=(2, 1), stem_chs=2, num_classes=3).state_dict()
 
 
 def memory(what: str) -> int:

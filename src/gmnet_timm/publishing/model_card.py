@@ -3,8 +3,8 @@ from typing import Any, Dict, List, Sequence
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from .info import PAPER, count_macs
-from .source import Metric, Source
+from gmnet_timm.info import PAPER, count_macs
+from gmnet_timm.publishing.source import Metric, Source
 
 __all__ = ['model_card']
 

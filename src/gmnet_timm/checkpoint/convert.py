@@ -7,10 +7,10 @@ from typing import Dict, Optional, Union
 import torch
 from safetensors.torch import save
 
-from .checkpoint import CheckpointError, infer_architecture, read_state_dict, require_ema
-from .errors import UserError
-from .files import replacing
-from .integrity import SHA256_KEY, weights_sha256
+from gmnet_timm.checkpoint.architecture import CheckpointError, infer_architecture, read_state_dict, require_ema
+from gmnet_timm.checkpoint.integrity import SHA256_KEY, weights_sha256
+from gmnet_timm.errors import UserError
+from gmnet_timm.files import replacing
 
 __all__ = ['cast', 'convert', 'save_weights']
 

@@ -19,7 +19,7 @@ from scipy.stats import binomtest
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.utils import CheckpointSaver, accuracy
 
-from gmnet_timm.cli import main
+from gmnet_timm.cli.main import main
 from gmnet_timm.errors import UserError
 from gmnet_timm.frequency.bands import BandAccuracy, SplitOptions, evaluate_bands, split_parts, wilson_interval
 from gmnet_timm.frequency.data import create_band_loader
@@ -219,7 +219,7 @@ def _rows(path):
 
 def test_cli_eval_writes_one_table_and_what_repeats_it(folder, tmp_path, capsys):
     run = _write_run(tmp_path / 'run', folder)
-    gate = _write_run(tmp_path / 'gate', folder, 1, 'gmnet_s1', act_layer='gelu', gate='ln', width=8, depths=(1,) * 4)
+    gate = _write_run(tmp_path / 'gate', folder, 1, 'gmnet_s1', act_layer='gelu', gate='ln', base_dim=8, depths=(1,) * 4)
     models = [str(run / 'checkpoint-1.pth.tar'), str(gate / 'last.pth.tar'), f'test_resnet={run}/checkpoint-0.pth.tar']
     argv = ['freq', 'eval', *models, '--data-dir', str(folder), '--radii', '3', '6.5', '--keep-mean', '--workers', '0',
             '--img-size', '32', '--mean', *map(str, MEAN), '--output', str(tmp_path / 'out')]

@@ -19,19 +19,20 @@ import torch
 import yaml
 from timm.models import load_state_dict, save_for_hf
 
-import gmnet_timm.recipes
-from gmnet_timm.checkpoint import infer_architecture
-from gmnet_timm.photos import PHOTOS, prepare_photo_patches
-from gmnet_timm.recipes import RECIPES, compose_recipe, load_recipe, plan_layout
-from gmnet_timm.recipes.train_parser import check_config, read_options
-from gmnet_timm.training_run import read_run, symptoms
+import gmnet_timm.training.recipe
+from gmnet_timm.checkpoint.architecture import infer_architecture
+from gmnet_timm.demo.photos import PHOTOS, prepare_photo_patches
+from gmnet_timm.training.recipe import RECIPES, compose_recipe, load_recipe, plan_layout
+from gmnet_timm.training.run import read_run, symptoms
+from gmnet_timm.training.train_parser import check_config, read_options
 
 SCRIPTS = os.environ.get('TIMM_SCRIPTS')
 pytestmark = pytest.mark.skipif(not SCRIPTS, reason='TIMM_SCRIPTS names no checkout of timm, which has the scripts')
 
-RECIPE_FILES = {name: str(Path(gmnet_timm.recipes.__file__).with_name(f'{name}.yaml')) for name in RECIPES}
+RECIPES_DIR = Path(gmnet_timm.training.recipe.__file__).with_name('recipes')
+RECIPE_FILES = {name: str(RECIPES_DIR / f'{name}.yaml') for name in RECIPES}
 CLASSES = sorted(PHOTOS)
-TINY = ['--model', 'gmnet_s1', '--model-kwargs', 'width=8', 'depths=[1,1,1,1]']
+TINY = ['--model', 'gmnet_s1', '--model-kwargs', 'base_dim=8', 'depths=[1,1,1,1]']
 ONE_EPOCH = ['--epochs', '1', '--warmup-epochs', '0', '--cooldown-epochs', '0']
 PLAIN = ['--no-aug', '--mixup', '0', '--cutmix', '0', '--reprob', '0', '--smoothing', '0']
 MODEL = ['--model', 'gmnet_s1', '--num-classes', str(len(CLASSES)), '--img-size', '32', '--device', 'cpu']
@@ -53,7 +54,7 @@ def run(work):
     def run_script(script, *argv, processes=1, check=True):
         command = [sys.executable, script]
         if processes > 1:
-            launcher = str(Path(__file__).with_name('train_on_cpus.py'))
+            launcher = str(Path(__file__).parents[1] / 'train_on_cpus.py')
             torchrun = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
             command = [sys.executable, *torchrun, launcher, script]
         done = subprocess.run(

@@ -1,0 +1,1 @@
+"""What does a file hold, and which model is it?"""

@@ -1,0 +1,1 @@
+"""What goes to the Hugging Face Hub, and is what is there what was meant?"""

@@ -1,0 +1,1 @@
+"""How is a GmNet trained with timm's train.py, and what does a run folder say?"""
