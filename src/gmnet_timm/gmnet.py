@@ -11,7 +11,8 @@ Written from the paper and the published description of the authors' code (https
 with the parameter names and the initialisation of that code, so that its checkpoints load without remapping.
 
 `gmnet_s3` is the configuration the authors released. No code was released for `gmnet_s1`, `gmnet_s2` and `gmnet_s4`:
-their `base_dim`, `depths` and `mlp_ratios` are reconstructed from the paper's parameter counts and FLOPs, which they reproduce.
+their `base_dim`, `depths` and `mlp_ratios` are reconstructed from the paper's parameter counts and FLOPs, which they
+reproduce.
 
 For deployment, `reparameterize_model(model.eval())` folds BatchNorm and layer scale into the convolutions.
 """

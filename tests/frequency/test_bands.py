@@ -219,7 +219,8 @@ def _rows(path):
 
 def test_cli_eval_writes_one_table_and_what_repeats_it(folder, tmp_path, capsys):
     run = _write_run(tmp_path / 'run', folder)
-    gate = _write_run(tmp_path / 'gate', folder, 1, 'gmnet_s1', act_layer='gelu', gate='ln', base_dim=8, depths=(1,) * 4)
+    gate = _write_run(tmp_path / 'gate', folder, 1, 'gmnet_s1', act_layer='gelu', gate='ln', base_dim=8,
+                      depths=(1,) * 4)
     models = [str(run / 'checkpoint-1.pth.tar'), str(gate / 'last.pth.tar'), f'test_resnet={run}/checkpoint-0.pth.tar']
     argv = ['freq', 'eval', *models, '--data-dir', str(folder), '--radii', '3', '6.5', '--keep-mean', '--workers', '0',
             '--img-size', '32', '--mean', *map(str, MEAN), '--output', str(tmp_path / 'out')]

@@ -617,7 +617,8 @@ def test_card_usage_runs_as_printed(index, run, hub, tmp_path, checkpoint, names
 @pytest.mark.parametrize('in_chans', [1, 4])
 def test_card_usage_with_other_channels(in_chans, run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    torch.save(timm.create_model('gmnet_s1', base_dim=8, depths=(1, 1, 1, 1), in_chans=in_chans).state_dict(), 'grey.pth')
+    model = timm.create_model('gmnet_s1', base_dim=8, depths=(1, 1, 1, 1), in_chans=in_chans)
+    torch.save(model.state_dict(), 'grey.pth')
     mean, std = [['0.5'] * in_chans] * 2
     succeed(run('save', 'grey.pth', 'model', '--img-size', 64, '--mean', *mean, '--std', *std))
     (code,) = re.findall(r'```python\n(.*?)```', Path('model', 'README.md').read_text(), re.DOTALL)
