@@ -1,12 +1,25 @@
 """Sizes, cost, provenance and weights of the models."""
 import dataclasses
-from typing import Dict, List, Optional, Tuple
 
 import torch
 from timm.models import PretrainedCfg, create_model, get_pretrained_cfg
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ['PAPER', 'ModelInfo', 'PaperResult', 'count_macs', 'format_model', 'format_table', 'model_info']
+from gmnet_timm.source import Source
+
+__all__ = [
+    'BIBTEX', 'PAPER', 'ModelInfo', 'PaperResult', 'count_macs', 'format_model', 'format_source', 'format_table',
+    'model_info',
+]
+
+
+BIBTEX = '''@inproceedings{wang2026gmnet,
+  title     = {{GmNet}: Revisiting Gating Mechanisms From A Frequency View},
+  author    = {Wang, Yifan and Ma, Xu and Zhang, Yitian and Wang, Zhongruo and Kim, Sung-Cheol and Mirjalili, Vahid
+               and Renganathan, Vidya and Fu, Yun},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2026}
+}'''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +34,7 @@ class PaperResult:
     configuration: str  # 'released' by the authors, or 'reconstructed' from the paper's numbers
 
 
-PAPER: Dict[str, PaperResult] = {
+PAPER: dict[str, PaperResult] = {
     'gmnet_s1': PaperResult(3.7, 0.6, 75.5, 1.6, 1.0, 'reconstructed'),
     'gmnet_s2': PaperResult(6.2, 0.9, 78.3, 1.9, 1.1, 'reconstructed'),
     'gmnet_s3': PaperResult(7.8, 1.2, 79.3, 2.1, 1.3, 'released'),
@@ -36,12 +49,12 @@ class ModelInfo:
     name: str
     params: int
     macs: int  # of convolutions and linear layers, for one image of `input_size`
-    input_size: Tuple[int, int, int]  # (C, H, W)
-    weights: Optional[str]  # where pretrained weights come from, None if there are none
-    paper: Optional[PaperResult]
+    input_size: tuple[int, int, int]  # (C, H, W)
+    weights: str | None  # where pretrained weights come from, None if there are none
+    paper: PaperResult | None
 
 
-def count_macs(model: torch.nn.Module, input_size: Tuple[int, int, int]) -> int:
+def count_macs(model: torch.nn.Module, input_size: tuple[int, int, int]) -> int:
     """Multiply-adds of the convolutions and linear layers for one image, as counted by torch's own flop counter.
 
     Args:
@@ -80,7 +93,7 @@ def _pretrained_cfg(name: str) -> PretrainedCfg:
     return get_pretrained_cfg(name) or PretrainedCfg()
 
 
-def format_table(infos: List[ModelInfo]) -> str:
+def format_table(infos: list[ModelInfo]) -> str:
     """A text table of models with paper results, one line each."""
     lines = [
         f'{"model":<9} {"params":>10} {"MACs":>13}  {"configuration":<13} {"paper: M":>8} {"GMACs":>5} {"top-1 %":>7} '
@@ -125,4 +138,16 @@ def format_model(info: ModelInfo) -> str:
                 f'{paper.a100_ms} ms on A100, {paper.iphone14_ms} ms on iPhone 14 (not measured by this project)'
             )),
         ]
+    return '\n'.join(f'{key + ":":<16} {value}' for key, value in rows)
+
+
+def format_source(source: Source) -> str:
+    """What a file or folder holds: the model, what states it, and the weights."""
+    weights = source.checkpoint
+    rows = [
+        ('model', str(source.description)),
+        ('stated by', ', '.join(source.stated_by) or 'nothing but the tensors'),
+        ('weights', f'{len(weights.state_dict)} tensors of {weights.path}' + (', EMA' if weights.ema else '')),
+        ('checked', f'against its {weights.protection}' if weights.protection else 'not possible, it has no checksum'),
+    ]
     return '\n'.join(f'{key + ":":<16} {value}' for key, value in rows)

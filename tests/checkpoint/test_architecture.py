@@ -8,7 +8,9 @@ import timm
 import torch
 from conftest import SIZES, create
 
-from gmnet_timm.checkpoint.architecture import CheckpointError, infer_architecture, load_model, read_state_dict
+from gmnet_timm.checkpoint.architecture import infer_architecture
+from gmnet_timm.checkpoint.reading import CheckpointError, read_checkpoint
+from gmnet_timm.source import load_model
 
 WRAPPINGS = {
     'bare': lambda sd: sd,
@@ -42,7 +44,7 @@ def test_loads_through_every_path(checkpoint, authors):
     for model in (
         timm.create_model('gmnet_s1', checkpoint_path=str(checkpoint)).eval(),
         timm.create_model('gmnet_s1', pretrained=True, pretrained_cfg_overlay=overlay).eval(),
-        load_model(checkpoint),
+        load_model(str(checkpoint)).model,
     ):
         assert torch.equal(model(IMAGE), expected)
 
@@ -58,27 +60,26 @@ def test_loads_with_another_head_and_other_channels(checkpoint, authors):
     torch.testing.assert_close(model.forward_features(IMAGE[:, :1]), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_raw_weights_instead_of_averaged_ones(authors, tmp_path):
+def test_other_weights_instead_of_ema(authors, tmp_path):
     path = tmp_path / 'checkpoint.pth'
     torch.save(WRAPPINGS['state_dict_ema'](authors.state_dict()), path)
-    assert (read_state_dict(path)['stages.0.1.gamma'] == authors.stages[0][1].gamma).all()
-    assert (read_state_dict(path, use_ema=False)['stages.0.1.gamma'] == authors.stages[0][1].gamma + 1).all()
+    assert (read_checkpoint(path).state_dict['stages.0.1.gamma'] == authors.stages[0][1].gamma).all()
+    assert (read_checkpoint(path, use_ema=False).state_dict['stages.0.1.gamma'] == authors.stages[0][1].gamma + 1).all()
 
 
 def test_safetensors(authors, tmp_path):
     path = tmp_path / 'model.safetensors'
     safetensors.torch.save_file(authors.state_dict(), path)
-    assert torch.equal(load_model(path)(IMAGE), authors(IMAGE))
+    assert torch.equal(load_model(str(path)).model(IMAGE), authors(IMAGE))
 
 
 @pytest.mark.parametrize('name', SIZES)
 def test_architecture_of_registered_models(name):
     model = timm.create_model(name, device='meta', num_classes=12, in_chans=4)
     architecture = infer_architecture(model.state_dict())
-    assert architecture.model_name == name
-    assert architecture.model_args == dict(num_classes=12, in_chans=4)
-    assert architecture.differences(name) == []
-    assert architecture.describe() == f"{name}: timm.create_model('{name}', in_chans=4, num_classes=12)"
+    assert architecture.nearest_size == name
+    assert (architecture.num_classes, architecture.in_chans) == (12, 4)
+    assert architecture.differences(name) == {}
 
 
 @pytest.mark.parametrize('kwargs', [
@@ -86,24 +87,25 @@ def test_architecture_of_registered_models(name):
     dict(depths=(1, 2, 3, 4), mlp_ratios=(2, 3, 4, 5)),
     dict(stem_chs=16, num_classes=0),
     dict(global_pool='catavgmax', depths=(1, 1, 1), mlp_ratios=(2, 2, 2), num_classes=5),
+    dict(init_values=0., gate='ln'),
 ])
-def test_architecture_of_other_models(kwargs, tmp_path):
+def test_architecture_of_other_models(kwargs):
     model = create('gmnet_s2', **kwargs)
     architecture = infer_architecture(model.state_dict())
-    assert architecture.model_name is None
-    assert 'no registered model, nearest to gmnet_s' in architecture.describe()
     for key, value in kwargs.items():
         assert getattr(architecture, key) == value
-    rebuilt = timm.create_model(architecture.nearest_model_name, **architecture.model_args).eval()
+    args = {key: getattr(architecture, key) for key in ('num_classes', 'global_pool')}
+    rebuilt = timm.create_model(
+        architecture.nearest_size, **args, **architecture.differences(architecture.nearest_size)).eval()
     rebuilt.load_state_dict(model.state_dict())
     assert torch.equal(rebuilt(IMAGE), model(IMAGE))
 
 
 def test_differences_are_named():
     architecture = infer_architecture(timm.create_model('gmnet_s3', depths=(3, 3, 9, 3), device='meta').state_dict())
-    assert architecture.nearest_model_name == 'gmnet_s3'
-    assert architecture.differences('gmnet_s3') == ['depths (3, 3, 9, 3) instead of (3, 3, 8, 3)']
-    assert 'base_dim 48 instead of 68' in architecture.differences('gmnet_s4')
+    assert architecture.nearest_size == 'gmnet_s3'
+    assert architecture.differences('gmnet_s3') == {'depths': (3, 3, 9, 3)}
+    assert architecture.differences('gmnet_s4')['base_dim'] == 48
 
 
 class RunsCode:
@@ -172,7 +174,7 @@ def test_unusable_files_get_one_clear_error(write, message, suffix, tmp_path, mo
     if suffix == '.safetensors' and write is not write_nothing:
         message = 'cannot be read'
     with pytest.raises(CheckpointError, match=message) as e:
-        load_model(path)
+        load_model(f'gmnet_s1={path}')
     assert str(path) in str(e.value) and '\n' not in str(e.value)
     assert not (tmp_path / 'pickled_code_ran').exists()
 
@@ -181,7 +183,7 @@ def test_foreign_weights(tmp_path):
     path = tmp_path / 'resnet.pth'
     torch.save(timm.create_model('resnet18').state_dict(), path)
     with pytest.raises(CheckpointError, match=r'resnet\.pth: .*not a GmNet.*conv1\.weight'):
-        load_model(path)
+        load_model(str(path))
     with pytest.raises(CheckpointError, match='not a GmNet'):
         infer_architecture(timm.create_model('starnet_s1', device='meta').state_dict())
 

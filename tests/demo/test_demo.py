@@ -164,8 +164,8 @@ def test_top1_is_what_the_exported_model_reaches(report):
     assert 100 * np.mean(right) == pytest.approx(report.top1)
 
 
-def test_contact_sheet_shows_validation_patches(report):
-    sheet = np.asarray(Image.open(report.contact_sheet))
+def test_prediction_grid_shows_validation_patches(report):
+    sheet = np.asarray(Image.open(report.prediction_grid))
     assert sheet.dtype == np.uint8 and sheet.ndim == 2
     tiles = [np.asarray(Image.open(p)).repeat(2, 0).repeat(2, 1) for p in report.data.glob('validation/*/*.png')]
     cells = [sheet[y:y + 128, x:x + 128] for y in range(sheet.shape[0] - 127) for x in range(24, sheet.shape[1], 152)]
@@ -176,7 +176,7 @@ def test_contact_sheet_shows_validation_patches(report):
 def test_same_seed_same_numbers(report, tmp_path):
     again = demo.run_demo(tmp_path, **TINY)
     _assert_same_run(again.run, report.run)
-    assert again.contact_sheet.read_bytes() == report.contact_sheet.read_bytes()
+    assert again.prediction_grid.read_bytes() == report.prediction_grid.read_bytes()
 
 
 def test_finished_run_is_not_overwritten(report):

@@ -23,6 +23,7 @@ from gmnet_timm.cli.main import main
 from gmnet_timm.errors import UserError
 from gmnet_timm.frequency.bands import BandAccuracy, SplitOptions, evaluate_bands, split_parts, wilson_interval
 from gmnet_timm.frequency.data import create_band_loader
+from gmnet_timm.frequency.reports import write_csv
 
 CLASSES = 6
 MEAN, STD = (.4, .5, .6), (.2, .3, .25)
@@ -231,8 +232,8 @@ def test_cli_eval_writes_one_table_and_what_repeats_it(folder, tmp_path, capsys)
     assert len(rows) == 3 * 5
     assert {row['keep_mean'] for row in rows} == {'True'} and {row['space'] for row in rows} == {'normalized'}
     reports = json.loads((tmp_path / 'out' / 'eval.json').read_text())
-    assert [report['origin']['model'] for report in reports] == ['test_resnet', 'gmnet_s1', 'test_resnet']
-    assert reports[1]['origin']['model_args']['gate'] == 'ln'
+    assert [report['provenance']['model'] for report in reports] == ['test_resnet', 'gmnet_s1', 'test_resnet']
+    assert reports[1]['provenance']['model_args']['gate'] == 'ln'
     assert all(report['data_config']['input_size'] == [3, 32, 32] for report in reports)
     assert all(report['data_config']['mean'] == list(MEAN) for report in reports)
     assert reports[0]['results'][0]['count'] == 30
@@ -255,7 +256,7 @@ def test_cli_eval_equals_the_library(folder, tmp_path):
 @pytest.mark.parametrize('argv, message', [
     (['--radii', '99'], 'corner of the spectrum'),
     (['--radii', '-2'], 'corner of the spectrum'),
-    (['--mean', '.5', '.5'], 'nor one a channel'),
+    (['--mean', '.5', '.5'], 'one per channel'),
     (['--limit', '0'], '--limit'),
     (['--data-dir', 'nowhere'], 'cannot be read'),
     (['--data-dir', ''], 'There is no data'),
@@ -283,15 +284,15 @@ def test_cli_eval_of_weights_of_another_model(folder, tmp_path, capsys):
     torch.save(timm.create_model('test_resnet').state_dict(), tmp_path / 'weights.pth')
     assert main(['freq', 'eval', f'resnet18={tmp_path}/weights.pth', '--data-dir', str(folder)]) == 1
     error = capsys.readouterr().err
-    assert 'does not fit resnet18' in error and len(error) < 500
+    assert "does not fit timm.create_model('resnet18'" in error and len(error) < 500
 
 
 def test_cli_curves_goes_on_where_it_stopped(folder, tmp_path, monkeypatch, capsys):
-    from gmnet_timm.frequency import reports
+    from gmnet_timm.frequency import evaluation
     runs = [_write_run(tmp_path / 'a', folder, 2), _write_run(tmp_path / 'b', folder, 3)]
     loaded = []
-    load = reports.load_subject
-    monkeypatch.setattr(reports, 'load_subject', lambda spec, **kwargs: loaded.append(spec) or load(spec, **kwargs))
+    load = evaluation.load_model
+    monkeypatch.setattr(evaluation, 'load_model', lambda spec, **kwargs: loaded.append(spec) or load(spec, **kwargs))
     out = tmp_path / 'out'
     argv = ['freq', 'curves', *map(str, runs), '--radii', '4', '--workers', '0', '--output', str(out)]
     assert main(argv) == 0
@@ -300,7 +301,7 @@ def test_cli_curves_goes_on_where_it_stopped(folder, tmp_path, monkeypatch, caps
     assert main(argv) == 0
     assert len(loaded) == 5 and _rows(out / 'curves.csv') == first
     # as after a call that was cut off: the lines of one checkpoint are missing
-    reports.write_csv(first[:-3], out / 'curves.csv')
+    write_csv(first[:-3], out / 'curves.csv')
     assert main([*argv, '--no-figure']) == 0
     assert loaded[5:] == [str(runs[1] / 'checkpoint-2.pth.tar')] and _rows(out / 'curves.csv') == first
     # a checkpoint that was written anew, and other settings

@@ -24,7 +24,7 @@ from timm.utils import reparameterize_model
 from gmnet_timm import GmNet
 from gmnet_timm.cli.main import main
 
-TINY = dict(base_dim=4, depths=(1, 1, 1, 1), mlp_ratios=(2, 2, 2, 2), stem_chs=4)
+TINY = dict(base_dim=4, depths=[1, 1, 1, 1], mlp_ratios=[2, 2, 2, 2], stem_chs=4)
 FILES = {'model.safetensors', 'config.json', 'README.md'}
 LABELS = ['cat', 'dog', 'owl']
 
@@ -113,7 +113,8 @@ def make_run(folder: Path, ema: bool = False, **args) -> Path:
     folder.mkdir()
     args = {'model': 'gmnet_s1', 'epochs': 3, 'opt': 'adamw', 'lr': 0.003, 'img_size': 96, 'crop_pct': 0.9,
             'mean': None, 'std': None, 'interpolation': '', 'data_dir': '/secret/place', 'model_ema': ema,
-            'amp': False, 'amp_dtype': 'float16', 'lr_base': 0.1, 'aa': 'rand-m1', 'color_jitter': 0.0, **args}
+            'num_classes': 3, 'model_kwargs': TINY, 'amp': False, 'amp_dtype': 'float16', 'lr_base': 0.1,
+            'aa': 'rand-m1', 'color_jitter': 0.0, **args}
     (folder / 'args.yaml').write_text(yaml.safe_dump(args))
     with (folder / 'summary.csv').open('w', newline='') as file:
         writer = csv.DictWriter(file, ['epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr'])
@@ -132,7 +133,7 @@ def make_run(folder: Path, ema: bool = False, **args) -> Path:
 def test_run_folder(run, tmp_path, names):
     """Best checkpoint, preprocessing of args.yaml, accuracy of that epoch, recipe without private paths."""
     folder = make_run(tmp_path / 'run')
-    succeed(run('save', folder, tmp_path / 'out', '--classes', names, '--dataset', 'owner/pets'))
+    succeed(run('save', folder, tmp_path / 'out', '--class-names', names, '--train-dataset', 'owner/pets'))
     config = json.loads((tmp_path / 'out' / 'config.json').read_text())
     assert config['pretrained_cfg']['input_size'] == [3, 96, 96]
     assert config['pretrained_cfg']['crop_pct'] == 0.9
@@ -143,24 +144,27 @@ def test_run_folder(run, tmp_path, names):
     assert 'summary.csv, epoch 1' in result.metric_args['source']
     assert 'adamw' in card.text and '| color_jitter | `0.0` |' in card.text and 'secret' not in str(card)
     assert 'amp_dtype' not in card.text and 'lr_base' not in card.text  # they had no effect
-    succeed(run('save', folder, tmp_path / 'last', '--checkpoint', 'last.pth.tar', '--classes', names))
+    succeed(run('save', folder, tmp_path / 'last', '--checkpoint', 'last.pth.tar', '--class-names', names))
     assert '30.125' in (tmp_path / 'last' / 'README.md').read_text()
 
 
-def test_averaged_weights(run, tmp_path):
-    """They are taken on request alone, and accuracies that train.py measured on them never describe the others."""
+def test_ema_weights(run, tmp_path):
+    """They are taken unless told not to, and accuracies that train.py measured on them never describe the others."""
     folder = make_run(tmp_path / 'run', ema=True)
-    _, _, err = run('save', folder, tmp_path / 'plain')
-    assert 'averaged' in err and 'accuracy' not in (tmp_path / 'plain' / 'README.md').read_text().split('---')[1]
-    succeed(run('save', folder, tmp_path / 'ema', '--use-ema'))
+    _, _, err = run('save', folder, tmp_path / 'plain', '--no-ema')
+    assert 'of the EMA weights, not of these' in err
+    assert 'accuracy' not in (tmp_path / 'plain' / 'README.md').read_text().split('---')[1]
+    succeed(run('save', folder, tmp_path / 'ema'))
     assert '40.25' in (tmp_path / 'ema' / 'README.md').read_text()
     plain, ema = (load_file(tmp_path / name / 'model.safetensors') for name in ('plain', 'ema'))
     assert torch.equal(plain['head.weight'] * 0.5, ema['head.weight'])
+    # train.py does not evaluate EMA weights that it keeps on the CPU
+    on_cpu = make_run(tmp_path / 'cpu', ema=True, model_ema_force_cpu=True)
+    assert 'of the weights without EMA' in run('save', on_cpu, tmp_path / 'x')[2]
     plain_run = make_run(tmp_path / 'run2')
-    refused(run('save', plain_run, tmp_path / 'x', '--use-ema'), 'averaged')
     for damage in ('- 1\n', 'a: [', '\x00'):
         (plain_run / 'args.yaml').write_text(damage)
-        refused(run('save', plain_run, tmp_path / 'x'), 'args.yaml')
+        refused(run('save', plain_run, tmp_path / 'y'), 'args.yaml')
 
 
 def test_metrics_of_validate_and_flags(run, tmp_path, checkpoint):
@@ -178,15 +182,15 @@ def test_class_names(run, tmp_path, checkpoint, names):
     for name in ('b10', 'b9', 'a'):  # timm sorts numbers as numbers
         (tmp_path / 'images' / 'train' / name).mkdir(parents=True)
         (tmp_path / 'images' / 'train' / name / 'x.jpg').touch()
-    succeed(run('save', checkpoint, tmp_path / 'a', '--classes', tmp_path / 'images'))
+    succeed(run('save', checkpoint, tmp_path / 'a', '--class-names', tmp_path / 'images'))
     assert json.loads((tmp_path / 'a' / 'config.json').read_text())['label_names'] == ['a', 'b9', 'b10']
-    refused(run('save', checkpoint, tmp_path / 'b', '--classes', 'imagenet-1k'), '1000 class names')
+    refused(run('save', checkpoint, tmp_path / 'b', '--class-names', 'imagenet-1k'), '1000 class names')
     names.write_text('cat\ncat\nowl\n')
-    refused(run('save', checkpoint, tmp_path / 'b', '--classes', names), 'twice: cat')
-    refused(run('save', checkpoint, tmp_path / 'b', '--classes', tmp_path / 'nowhere'), 'nowhere')
-    refused(run('save', checkpoint, tmp_path / 'b', '--classes', checkpoint), 'as text')
+    refused(run('save', checkpoint, tmp_path / 'b', '--class-names', names), 'twice: cat')
+    refused(run('save', checkpoint, tmp_path / 'b', '--class-names', tmp_path / 'nowhere'), 'nowhere')
+    refused(run('save', checkpoint, tmp_path / 'b', '--class-names', checkpoint), 'as text')
     (tmp_path / 'empty').mkdir()
-    refused(run('save', checkpoint, tmp_path / 'b', '--classes', tmp_path / 'empty'), 'No class names')
+    refused(run('save', checkpoint, tmp_path / 'b', '--class-names', tmp_path / 'empty'), 'No class names')
     torch.save(tiny_model(num_classes=1000).state_dict(), checkpoint)
     _, _, err = run('save', checkpoint, tmp_path / 'c')
     labels = json.loads((tmp_path / 'c' / 'config.json').read_text())['label_names']
@@ -196,14 +200,14 @@ def test_class_names(run, tmp_path, checkpoint, names):
 def test_local_dir_folder_keeps_its_card(run, tmp_path, checkpoint, names):
     """Saving what was saved loses nothing, and refuses a configuration of other tensors."""
     succeed(run(
-        'save', checkpoint, tmp_path / 'a', '--classes', names, '--top1', 50, '--img-size', 96, '--license', 'mit'))
+        'save', checkpoint, tmp_path / 'a', '--class-names', names, '--top1', 50, '--img-size', 96, '--license', 'mit'))
     succeed(run('save', f'local-dir:{tmp_path / "a"}', tmp_path / 'b'))
     for name in FILES:
         assert (tmp_path / 'a' / name).read_bytes() == (tmp_path / 'b' / name).read_bytes()
     config = json.loads((tmp_path / 'b' / 'config.json').read_text())
     config['model_args']['depths'] = [1, 1, 2, 1]
     (tmp_path / 'b' / 'config.json').write_text(json.dumps(config))
-    refused(run('save', tmp_path / 'b', tmp_path / 'c'), 'config.json does not describe the tensors')
+    refused(run('save', tmp_path / 'b', tmp_path / 'c'), 'describe different models: depths')
     status, out, _ = run('verify', tmp_path / 'b')
     assert status == 1 and 'FAILED  config' in out
     for args in ({'depths': [10 ** 9] * 4}, {'width': 10 ** 9}, {'width': 'x'}, 'x', None, []):  # none of them is built
@@ -249,16 +253,16 @@ def test_refused_before_anything_is_sent(run, hub, tmp_path, what):
 def test_saved_folder(run, tmp_path, checkpoint, names):
     """No pickle, no num_classes in model_args, loads to the logits of the original, never overwritten unasked."""
     out = tmp_path / 'out'
-    succeed(run('save', checkpoint, out, '--classes', names))
+    succeed(run('save', checkpoint, out, '--class-names', names))
     assert {path.name for path in out.iterdir()} == FILES
     config = json.loads((out / 'config.json').read_text())
     assert config['model_args'] == {k: list(v) if isinstance(v, tuple) else v for k, v in TINY.items()}
     assert torch.equal(logits(timm.create_model(f'local-dir:{out}', pretrained=True)), logits(tiny_model()))
     refused(run('save', checkpoint, out), '--force')
     (out / 'README.md').write_text('mine')
-    succeed(run('save', checkpoint, out, '--force', '--classes', names))
+    succeed(run('save', checkpoint, out, '--force', '--class-names', names))
     assert (out / 'README.md').read_text() == 'mine'
-    succeed(run('save', checkpoint, out, '--force', '--classes', names, '--overwrite-card'))
+    succeed(run('save', checkpoint, out, '--force', '--class-names', names, '--overwrite-card'))
     assert (out / 'README.md').read_text().startswith('---')
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith('.')] == []
 
@@ -355,7 +359,7 @@ def test_convert(run, tmp_path, checkpoint):
 
 
 def test_push_and_verify(run, hub, checkpoint, names):
-    out = succeed(run('push', checkpoint, 'owner/tiny', '--classes', names, '--top1', 50))
+    out = succeed(run('push', checkpoint, 'owner/tiny', '--class-names', names, '--top1', 50))
     files = hub.files('owner/tiny')
     assert set(files) >= FILES
     for name in FILES:
@@ -365,7 +369,7 @@ def test_push_and_verify(run, hub, checkpoint, names):
     assert len(hub.repos['owner/tiny'].commits) == 2  # the server's own, and one with everything
     text = succeed(run('verify', 'owner/tiny'))
     assert 'FAILED' not in text and 'as the server says' in text and text.count('ok ') == 6
-    succeed(run('push', checkpoint, 'owner/tiny', '--classes', names, '--top1', 50))
+    succeed(run('push', checkpoint, 'owner/tiny', '--class-names', names, '--top1', 50))
     assert hub.files('owner/tiny') == files
 
 
@@ -396,7 +400,7 @@ def test_pull_request_private_revision(run, hub, checkpoint):
 def test_dry_run_sends_nothing(run, hub, tmp_path, checkpoint, names, monkeypatch):
     """It writes the very files that a push sends."""
     monkeypatch.chdir(tmp_path)
-    arguments = (checkpoint, 'owner/tiny', '--classes', names)
+    arguments = (checkpoint, 'owner/tiny', '--class-names', names)
     assert 'nothing was sent' in succeed(run('push', *arguments, '--dry-run'))
     assert not hub.requests
     succeed(run('push', *arguments))
@@ -531,7 +535,7 @@ print(json.dumps(result))
 @pytest.mark.slow
 def test_round_trip_with_timm(run, hub, tmp_path, checkpoint, names):
     """In a process that never imports gmnet_timm itself."""
-    succeed(run('push', checkpoint, 'owner/tiny', '--classes', names, '--img-size', 64))
+    succeed(run('push', checkpoint, 'owner/tiny', '--class-names', names, '--img-size', 64))
     result = json.loads(python(ROUND_TRIP.replace('WITH_TRANSFORMERS', 'False'), hub.url, tmp_path))
     x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -542,7 +546,7 @@ def test_round_trip_with_timm(run, hub, tmp_path, checkpoint, names):
 @pytest.mark.ecosystem
 def test_round_trip_with_transformers(run, hub, tmp_path, checkpoint, names):
     """timm, transformers' wrapper and its pipeline agree, and the pipeline shows labels by name."""
-    succeed(run('push', checkpoint, 'owner/tiny', '--classes', names, '--img-size', 64))
+    succeed(run('push', checkpoint, 'owner/tiny', '--class-names', names, '--img-size', 64))
     result = json.loads(python(ROUND_TRIP.replace('WITH_TRANSFORMERS', 'True'), hub.url, tmp_path))
     x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
@@ -608,7 +612,7 @@ PROGRAMS = pytest.mark.parametrize('index', [
 
 @PROGRAMS
 def test_card_usage_runs_as_printed(index, run, hub, tmp_path, checkpoint, names):
-    succeed(run('push', checkpoint, 'owner/tiny', '--classes', names, '--img-size', 64))
+    succeed(run('push', checkpoint, 'owner/tiny', '--class-names', names, '--img-size', 64))
     blocks = re.findall(r'```python\n(.*?)```', hub.files('owner/tiny')['README.md'].decode(), re.DOTALL)
     assert len(blocks) == 2
     assert ('topk', 'owl')[index] in python(blocks[index], hub.url, tmp_path)

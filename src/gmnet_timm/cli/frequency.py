@@ -2,16 +2,22 @@
 import argparse
 import math
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
-from gmnet_timm.device import resolve_device
+from gmnet_timm.cli.options import SOURCES, add_description, add_preprocessing, description, preprocessing, print_notes
 from gmnet_timm.errors import UserError
 
 DEFAULT_OUTPUT = 'output/freq'
 
 
 def add_commands(commands) -> None:
-    """Declare the commands on the sub-parsers of `gmnet-timm freq`."""
+    """Declare `freq` and its commands on the sub-parsers of `gmnet-timm`."""
+    parser = commands.add_parser(
+        'freq',
+        help='how well models work on only the low or only the high frequencies of images',
+        description='Band accuracies, learning curves, pictures and layer spectra, for any model of timm.',
+    )
+    commands = parser.add_subparsers(metavar='command', required=True)
     _add_eval(commands)
     _add_curves(commands)
     _add_image(commands)
@@ -24,20 +30,19 @@ def _add_eval(commands) -> None:
     parser = _command(commands, 'eval', 'accuracy of models on raw, low and high images', _run_eval)
     _add_model(parser, 'models', nargs='+')
     _add_data(parser)
-    _add_input(parser)
     _add_split(parser, [12., 24., 36.])
     _add_machine(parser)
 
 
 def _run_eval(args: argparse.Namespace) -> None:
     """Evaluate models on raw images, on their low and on their high frequencies. Writes eval.csv and eval.json."""
-    from gmnet_timm.frequency.reports import evaluate_subject, format_table, report_rows, write_csv, write_json
-    from gmnet_timm.frequency.subjects import load_subject
+    from gmnet_timm.frequency.evaluation import evaluate_model, report_rows
+    from gmnet_timm.frequency.reports import format_table, write_csv, write_json
 
     settings = _settings(args)
     with _Machine(args) as machine:
         reports = [
-            evaluate_subject(load_subject(spec, not args.no_ema, **_input(args)), settings, **machine.kwargs)
+            evaluate_model(_load(spec, args), settings, **machine.kwargs)
             for spec in args.models
         ]
         if machine.rank == 0:
@@ -61,8 +66,8 @@ def _run_curves(args: argparse.Namespace) -> None:
 
     train.py and the demo keep only some checkpoints; with --checkpoint-hist 1000, train.py keeps all.
     """
+    from gmnet_timm.frequency.evaluation import evaluate_runs
     from gmnet_timm.frequency.plots import plot_band_curves, require_matplotlib
-    from gmnet_timm.frequency.reports import evaluate_runs
 
     if not args.no_figure:
         require_matplotlib()
@@ -73,7 +78,7 @@ def _run_curves(args: argparse.Namespace) -> None:
             return
     print(table)
     if not args.no_figure:
-        curves: Dict[str, Any] = {}
+        curves: dict[str, Any] = {}
         for row in rows:
             points = curves.setdefault(row['run'], {}).setdefault((row['band'], row['radius']), [])
             points.append((int(row['epoch']), *(float(row[name]) for name in ('top1', 'top1_low', 'top1_high'))))
@@ -85,9 +90,9 @@ def _add_image(commands) -> None:
     parser = _command(commands, 'image', 'a picture, its bands, and what a model says of each', _run_image)
     parser.add_argument('file', type=Path, help='an image file')
     _add_model(parser, '--model', required=True)
-    _add_input(parser)
     _add_split(parser, [12., 24., 36.])
-    parser.add_argument('--class-names', type=Path, metavar='FILE', help="names of the model's classes, one a line")
+    parser.add_argument(
+        '--class-names', metavar='PATH', help='image folder, text file with one name per line, or imagenet-1k')
 
 
 def _run_image(args: argparse.Namespace) -> None:
@@ -98,11 +103,10 @@ def _run_image(args: argparse.Namespace) -> None:
 
     from gmnet_timm.frequency.bands import split_parts
     from gmnet_timm.frequency.plots import plot_image_panel, require_matplotlib
-    from gmnet_timm.frequency.reports import check_corner
-    from gmnet_timm.frequency.subjects import load_subject
+    from gmnet_timm.frequency.split import check_corner
 
     require_matplotlib()
-    subject = load_subject(args.model, not args.no_ema, **_input(args))
+    subject = _load(args.model, args)
     config = subject.data_config
     check_corner(args.radii, config['input_size'])
     try:
@@ -114,7 +118,7 @@ def _run_image(args: argparse.Namespace) -> None:
     parts = list(split_parts(images, args.radii, _options(args), config['mean'], config['std']))
     with torch.inference_mode():
         confidences = [subject.model(part).softmax(-1)[0] for _, _, part in parts]
-    names = _class_names(args, subject.model)
+    names = _class_names(args, subject)
     answers = []
     for confidence in confidences:
         top = confidence.argsort(descending=True)[:3].tolist()
@@ -133,7 +137,6 @@ def _add_layers(commands) -> None:
     parser = _command(commands, 'layers', 'spectra of features before and after gates', _run_layers)
     _add_model(parser, 'model')
     _add_data(parser)
-    _add_input(parser)
     parser.add_argument('--modules', nargs='+', metavar='NAME', help='modules to look at (default: all gates)')
     parser.add_argument('--images', type=int, default=64, help='number of images (default: %(default)s)')
     _add_machine(parser, amp=False)
@@ -146,13 +149,12 @@ def _run_layers(args: argparse.Namespace) -> None:
     from gmnet_timm.frequency.plots import plot_layer_gains, plot_layer_spectra, require_matplotlib
     from gmnet_timm.frequency.reports import write_csv
     from gmnet_timm.frequency.spectra import layer_spectra
-    from gmnet_timm.frequency.subjects import load_subject
 
     if not args.no_figure:
         require_matplotlib()
     if args.images < 1:
         raise UserError(f'--images must be positive, got {args.images}.')
-    subject = load_subject(args.model, not args.no_ema, **_input(args))
+    subject = _load(args.model, args)
     with _Machine(args) as machine:
         if machine.world_size > 1:
             raise UserError('freq layers runs in one process.')
@@ -203,16 +205,13 @@ def _power(rate: float) -> str:
 
 
 def _add_study(commands) -> None:
-    from gmnet_timm.frequency.study import SUBJECTS, StudySettings
-
-    defaults = StudySettings()
-    parser = _command(commands, 'study', "band accuracy by epoch of the paper's subjects on photographs", _run_study)
+    parser = _command(commands, 'study', "band accuracy by epoch of the paper's models on photographs", _run_study)
     parser.set_defaults(output=Path('output/freq-study'))
     parser.add_argument('--seeds', type=int, nargs='+', default=list(range(5)), help='(default: 0 1 2 3 4)')
-    parser.add_argument('--families', nargs='+', choices=list(SUBJECTS), default=list(SUBJECTS), help='(default: all)')
-    parser.add_argument('--epochs', type=int, default=defaults.epochs, help='(default: %(default)s)')
-    parser.add_argument('--patches', type=int, default=defaults.patches, help='a photograph (default: %(default)s)')
-    parser.add_argument('--radii', type=float, nargs='+', default=list(defaults.radii), help='in cycles per patch')
+    parser.add_argument('--families', nargs='+', choices=['resnet18', 'gmnet_s1'], help='(default: all)')
+    parser.add_argument('--epochs', type=int, default=10, help='(default: %(default)s)')
+    parser.add_argument('--patches', type=int, default=128, help='per photograph (default: %(default)s)')
+    parser.add_argument('--radii', type=float, nargs='+', default=[3., 10.], help='in cycles per patch')
     parser.add_argument('--device', default='auto', help='(default: a GPU if there is one)')
 
 
@@ -220,15 +219,16 @@ def _run_study(args: argparse.Namespace) -> None:
     """Train the paper's subjects on photographs and draw their band accuracy by epoch. A repeated call goes on."""
     import torch
 
-    from gmnet_timm.frequency.reports import check_corner
-    from gmnet_timm.frequency.study import StudySettings, format_summary, run_study
+    from gmnet_timm.device import resolve_device
+    from gmnet_timm.frequency.split import check_corner
+    from gmnet_timm.frequency.study import SUBJECTS, StudySettings, format_summary, run_study
 
     check_corner(args.radii, (64, 64))
     if args.epochs < 2 or args.patches < 4:
         raise UserError('The study needs at least 2 epochs (the first is the warm-up) and 4 patches a photograph.')
     device = torch.device(resolve_device(args.device))
     settings = StudySettings(epochs=args.epochs, patches=args.patches, radii=tuple(args.radii))
-    summary = run_study(args.output, settings, args.seeds, args.families, device)
+    summary = run_study(args.output, settings, args.seeds, args.families or tuple(SUBJECTS), device)
     print(f'\n{format_summary(summary)}\n\n{args.output / "summary.csv"} and figures beside it')
 
 
@@ -248,13 +248,9 @@ def _command(commands, name: str, text: str, run, output: bool = True) -> argpar
 
 def _add_model(parser, name: str, **kwargs: Any) -> None:
     parser.add_argument(
-        name,
-        metavar='MODEL',
-        help="a name of timm's, local-dir:FOLDER, hf-hub:OWNER/NAME, a checkpoint file of a train.py run or of a "
-             'GmNet, or NAME=FILE',
-        **kwargs,
-    )
-    parser.add_argument('--no-ema', action='store_true', help='ignore averaged weights in checkpoints')
+        name, metavar='MODEL', help=f"a name of timm's, local-dir:FOLDER, hf-hub:OWNER/NAME, {SOURCES}", **kwargs)
+    add_description(parser)
+    add_preprocessing(parser)
 
 
 def _add_data(parser, own: bool = False) -> None:
@@ -270,16 +266,7 @@ def _add_data(parser, own: bool = False) -> None:
         parser.add_argument('--no-ema', action='store_true', help='ignore averaged weights in checkpoints')
 
 
-def _add_input(parser) -> None:
-    parser.add_argument('--img-size', type=int, help="(default: the model's)")
-    parser.add_argument('--crop-pct', type=float, help="(default: the model's)")
-    parser.add_argument(
-        '--interpolation', choices=['nearest', 'bilinear', 'bicubic', 'lanczos'], help="(default: the model's)")
-    parser.add_argument('--mean', type=float, nargs='+', help="of the normalisation (default: the model's)")
-    parser.add_argument('--std', type=float, nargs='+', help="of the normalisation (default: the model's)")
-
-
-def _add_split(parser, radii: List[float]) -> None:
+def _add_split(parser, radii: list[float]) -> None:
     parser.add_argument(
         '--radii', type=float, nargs='+', default=radii, metavar='R',
         help=f'in cycles per image (default: {" ".join(f"{r:g}" for r in radii)})')
@@ -301,7 +288,7 @@ def _add_machine(parser, amp: bool = True) -> None:
 
 
 def _settings(args: argparse.Namespace):
-    from gmnet_timm.frequency.reports import EvalSettings
+    from gmnet_timm.frequency.evaluation import EvalSettings
     if args.limit is not None and args.limit < 1:
         raise UserError(f'--limit must be positive, got {args.limit}.')
     return EvalSettings(
@@ -314,16 +301,14 @@ def _options(args: argparse.Namespace):
     return SplitOptions(args.keep_mean, args.restore_contrast, args.split_space)
 
 
-def _input(args: argparse.Namespace) -> Dict[str, Any]:
-    return {name: getattr(args, name) for name in ('img_size', 'crop_pct', 'interpolation', 'mean', 'std')}
-
-
 class _Machine:
     """The device and, under torchrun, this process's share of the data. Closes the process group at the end."""
 
     def __init__(self, args: argparse.Namespace):
         import torch
         from timm.utils.distributed import init_distributed_device_so
+
+        from gmnet_timm.device import resolve_device
         if args.batch_size < 1 or args.workers < 0:
             raise UserError('--batch-size must be positive, --workers not negative.')
         found = init_distributed_device_so(resolve_device(args.device))
@@ -346,22 +331,27 @@ class _Machine:
             torch.distributed.destroy_process_group()
 
 
-def _class_names(args: argparse.Namespace, model) -> List[str]:
-    """Names of a model's classes: given, from its configuration, or ImageNet's for a head of its size; else none."""
+def _load(spec: str, args: argparse.Namespace):
+    """Load a model, and print what had to be chosen or assumed."""
+    from gmnet_timm.source import load_model
+
+    loaded = load_model(spec, preprocessing=preprocessing(args), **description(args))
+    print_notes(loaded.notes)
+    return loaded
+
+
+def _class_names(args: argparse.Namespace, subject) -> list[str]:
+    """Names of a model's classes: given, recorded with it, or ImageNet's for a head of its size; else none."""
     from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    from gmnet_timm.checkpoint.class_names import read_class_names
+
     if args.class_names:
-        try:
-            names = args.class_names.read_text().splitlines()
-        except OSError as e:
-            raise UserError(f'Cannot read {args.class_names}: {e}') from e
-        if len(names) != model.num_classes:
-            raise UserError(f'{args.class_names} has {len(names)} names, the model has {model.num_classes} outputs.')
-        return names
-    labels = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
-    if labels:
-        return list(labels)
-    subset = infer_imagenet_subset(model)
+        return read_class_names(args.class_names, subject.model.num_classes)
+    if subject.class_names:
+        return subject.class_names
+    subset = infer_imagenet_subset(subject.model)
     if subset is None:
         return []
     info = ImageNetInfo(subset)
-    return [info.index_to_description(i) for i in range(model.num_classes)]
+    return [info.index_to_description(i) for i in range(subject.model.num_classes)]

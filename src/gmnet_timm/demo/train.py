@@ -14,24 +14,27 @@ import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Tuple, cast
+from typing import Any, cast
 
 import timm
 import torch
 import torch.nn as nn
 import yaml
 from PIL import Image, ImageDraw, ImageFont
-from timm.data import create_dataset, create_loader, create_transform, resolve_model_data_config
-from timm.models import load_checkpoint, save_for_hf
+from timm.data import create_transform, resolve_model_data_config
 from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from timm.task import ClassificationTask, resume_task_checkpoint
 from timm.utils import AverageMeter, CheckpointSaver, accuracy, random_seed, update_summary
 
+from gmnet_timm.checkpoint.architecture import SIZES
+from gmnet_timm.demo.loop import create_patch_loader, create_schedule, train_epoch
 from gmnet_timm.demo.photos import PATCH_SIZE, PHOTOS, SPLITS, PathLike, PhotoPatches, prepare_photo_patches
 from gmnet_timm.device import resolve_device
 from gmnet_timm.errors import MissingExtraError, UserError
 from gmnet_timm.files import write_text, writing
+from gmnet_timm.publishing.folder import save_folder
+from gmnet_timm.publishing.publication import collect_publication
+from gmnet_timm.source import read_source
 
 __all__ = ['DemoReport', 'run_demo']
 
@@ -44,7 +47,7 @@ class DemoReport:
     summary: Path
     best_checkpoint: Path
     model: Path
-    contact_sheet: Path
+    prediction_grid: Path
     top1: float
     best_epoch: int
     chance: float
@@ -57,7 +60,7 @@ class DemoReport:
             ('summary', self.summary),
             ('best checkpoint', self.best_checkpoint),
             ('model folder', self.model),
-            ('contact sheet', self.contact_sheet),
+            ('prediction grid', self.prediction_grid),
             ('best top-1', f'{self.top1:.2f} % (epoch {self.best_epoch}), chance {self.chance:.2f} %'),
             ('seconds', f'{self.seconds:.1f}'),
         ]
@@ -73,7 +76,7 @@ class DemoReport:
 # What a run can be given, and its defaults. A resumed run goes on with its own.
 SETTINGS = {'model': 'gmnet_s1', 'epochs': 5, 'batch_size': 32, 'lr': 3e-3, 'seed': 42, 'patches': 320}
 
-GO_ON = ' Finished epochs are kept, go on with --resume once that is mended.'
+GO_ON = ' Finished epochs are kept, go on with --resume once that is fixed.'
 
 
 def run_demo(
@@ -114,8 +117,8 @@ def run_demo(
         write_text(run / 'args.yaml', yaml.safe_dump(vars(args)))
     try:
         top1, best_epoch = _train(args, run)
-        model = _export(args, data, run / 'model_best.pth.tar', output / 'model')
-        sheet = _draw_contact_sheet(model, data, output / 'contact-sheet.png', args.seed)
+        model = _export(run, data, output / 'model')
+        sheet = _draw_prediction_grid(model, data, output / 'prediction-grid.png', args.seed)
     except KeyboardInterrupt:
         print(f'\nGo on after the last finished epoch: gmnet-timm demo --output {output} --resume', file=sys.stderr)
         raise
@@ -125,7 +128,7 @@ def run_demo(
         summary=run / 'summary.csv',
         best_checkpoint=run / 'model_best.pth.tar',
         model=output / 'model',
-        contact_sheet=sheet,
+        prediction_grid=sheet,
         top1=top1,
         best_epoch=best_epoch,
         chance=100 / len(data.classes),
@@ -133,13 +136,13 @@ def run_demo(
     )
 
 
-def _new_settings(run: Path, settings: Dict[str, Any]) -> Dict[str, Any]:
+def _new_settings(run: Path, settings: dict[str, Any]) -> dict[str, Any]:
     unknown = settings.keys() - SETTINGS.keys()
     if unknown:
         raise TypeError(f'Unknown settings {sorted(unknown)}, there are {sorted(SETTINGS)}')
     settings = {**SETTINGS, **settings}
-    if not timm.is_model(settings['model']):
-        raise UserError(f"{settings['model']} is not a model that timm knows")
+    if settings['model'] not in SIZES:
+        raise UserError(f"The demo trains a GmNet ({', '.join(SIZES)}), not {settings['model']}")
     for name in ('epochs', 'batch_size', 'lr', 'patches'):
         if settings[name] <= 0:
             raise UserError(f'{name} must be positive, got {settings[name]}')
@@ -150,7 +153,7 @@ def _new_settings(run: Path, settings: Dict[str, Any]) -> Dict[str, Any]:
     return settings
 
 
-def _resumed_settings(run: Path, given: Dict[str, Any]) -> Dict[str, Any]:
+def _resumed_settings(run: Path, given: dict[str, Any]) -> dict[str, Any]:
     try:
         recorded = yaml.safe_load((run / 'args.yaml').read_text())
     except OSError as e:
@@ -161,7 +164,7 @@ def _resumed_settings(run: Path, given: Dict[str, Any]) -> Dict[str, Any]:
     return {name: recorded[name] for name in SETTINGS}
 
 
-def _train_args(settings: Dict[str, Any], data: PhotoPatches, device: str, workers: int) -> argparse.Namespace:
+def _train_args(settings: dict[str, Any], data: PhotoPatches, device: str, workers: int) -> argparse.Namespace:
     """Everything that decides the numbers, under the names of train.py, which can read it with `--config`."""
     return argparse.Namespace(
         **settings,
@@ -201,47 +204,27 @@ def _create_model(args: argparse.Namespace) -> nn.Module:
 
 
 def _create_loader(args: argparse.Namespace, split: str):
-    training = split == 'train'
-    return create_loader(
-        create_dataset('', args.data_dir, split=split, input_img_mode=args.input_img_mode),
-        tuple(args.input_size),
-        args.batch_size,
-        is_training=training,
-        scale=tuple(args.scale),
-        color_jitter=args.color_jitter,
-        interpolation=args.interpolation,
-        mean=tuple(args.mean),
-        std=tuple(args.std),
-        crop_pct=args.crop_pct,
-        num_workers=args.workers,
-        persistent_workers=False,  # new ones each epoch are seeded each epoch
-        device=torch.device(args.device),
-    )
+    config = {name: getattr(args, name) for name in ('input_size', 'mean', 'std', 'crop_pct', 'interpolation')}
+    config = {name: tuple(value) if isinstance(value, list) else value for name, value in config.items()}
+    return create_patch_loader(
+        args.data_dir, split, config, args.batch_size, torch.device(args.device), tuple(args.scale), args.workers)
 
 
-def _train(args: argparse.Namespace, run: Path) -> Tuple[float, int]:
+def _train(args: argparse.Namespace, run: Path) -> tuple[float, int]:
     """Train or go on, returns the best validation accuracy in percent and its epoch."""
     loader, val_loader = (_create_loader(args, split) for split in SPLITS)
     random_seed(args.seed)
     device = torch.device(args.device)
     model = _create_model(args).to(device).to(memory_format=torch.channels_last)  # a third faster on CPUs
-    task = ClassificationTask(model, nn.CrossEntropyLoss(label_smoothing=args.smoothing), device=device, verbose=False)
+    criterion = nn.CrossEntropyLoss(label_smoothing=args.smoothing)
+    task = ClassificationTask(model, criterion, device=device, verbose=False)
     optimizer = create_optimizer_v2(model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay)
-    scheduler, _ = create_scheduler_v2(
-        optimizer,
-        sched=args.sched,
-        num_epochs=args.epochs,
-        warmup_epochs=args.warmup_epochs,
-        warmup_lr=args.warmup_lr,
-        min_lr=args.min_lr,
-        step_on_epochs=False,
-        updates_per_epoch=len(loader),
-    )
+    scheduler = create_schedule(optimizer, args.epochs, args.warmup_epochs, len(loader))
     saver = CheckpointSaver(
         model, optimizer, args=args, task=task, checkpoint_dir=str(run), recovery_dir=str(run), max_history=2)
     for epoch in range(_restore(task, optimizer, saver, run), args.epochs):
         random_seed(args.seed, rank=epoch + 1)
-        train_metrics = _train_epoch(task, loader, optimizer, scheduler, epoch)
+        train_metrics = _train_epoch(model, loader, criterion, optimizer, scheduler, epoch)
         metrics = _validate(model, val_loader)
         with writing(run, GO_ON):
             # in this order: a row without its checkpoint is dropped on resuming, the reverse would lose the row
@@ -262,27 +245,20 @@ def _train(args: argparse.Namespace, run: Path) -> Tuple[float, int]:
     return saver.best_metric, saver.best_epoch
 
 
-def _train_epoch(task: ClassificationTask, loader, optimizer, scheduler, epoch: int) -> Dict[str, float]:
+def _train_epoch(model: nn.Module, loader, criterion, optimizer, scheduler, epoch: int) -> dict[str, float]:
+    """`train_epoch` with a progress bar, where the output is a terminal."""
     from tqdm import tqdm
-    loss_m, top1_m = AverageMeter(), AverageMeter()
+
     total = len(loader) * loader.loader.batch_size
-    task.train()
-    # no bar where the output is not a terminal
     with tqdm(total=total, desc=f'epoch {epoch}', unit='img', leave=False, disable=None) as bar:
-        for i, (images, targets) in enumerate(loader):
-            scheduler.step_update(epoch * len(loader) + i)
-            result = task(images.contiguous(memory_format=torch.channels_last), targets)
-            optimizer.zero_grad()
-            result['loss'].backward()
-            optimizer.step()
-            loss_m.update(result['loss'].item(), len(images))
-            top1_m.update(accuracy(result['output'], targets)[0].item(), len(images))
-            bar.set_postfix_str(f'loss {loss_m.avg:.3f}, top-1 {top1_m.avg:.1f} %')
-            bar.update(len(images))
-    return {'loss': loss_m.avg, 'top1': top1_m.avg}
+        def watch(images: int, loss: float, top1: float) -> None:
+            bar.set_postfix_str(f'loss {loss:.3f}, top-1 {top1:.1f} %')
+            bar.update(images)
+
+        return train_epoch(model, loader, criterion, optimizer, scheduler, epoch, watch)
 
 
-def _validate(model: nn.Module, loader) -> Dict[str, float]:
+def _validate(model: nn.Module, loader) -> dict[str, float]:
     meters = {'loss': AverageMeter(), 'top1': AverageMeter(), 'top5': AverageMeter()}
     model.eval()
     with torch.inference_mode():
@@ -319,7 +295,7 @@ def _restore(task: ClassificationTask, optimizer, saver: CheckpointSaver, run: P
     return start
 
 
-def _trim_summary(path: Path, epochs: int) -> List[Dict[str, str]]:
+def _trim_summary(path: Path, epochs: int) -> list[dict[str, str]]:
     """Drop the rows of epochs that have no checkpoint."""
     if not path.exists():
         return []
@@ -334,26 +310,16 @@ def _trim_summary(path: Path, epochs: int) -> List[Dict[str, str]]:
     return rows
 
 
-def _export(args: argparse.Namespace, data: PhotoPatches, checkpoint: Path, folder: Path) -> nn.Module:
-    """Save the best model as a `local-dir:` folder and load it back, returns the loaded model."""
-    model = _create_model(args).eval()
-    load_checkpoint(model, str(checkpoint))
-    with writing(folder, GO_ON):
-        save_for_hf(
-            model,
-            str(folder),
-            model_config=dict(label_names=list(data.classes)),
-            model_args=dict(in_chans=args.in_chans),
-            safe_serialization=True,
-        )
-    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
-    images = torch.rand(4, *args.input_size, generator=torch.Generator().manual_seed(args.seed))
-    with torch.inference_mode():
-        torch.testing.assert_close(loaded(images), model(images))
-    return loaded
+def _export(run: Path, data: PhotoPatches, folder: Path) -> nn.Module:
+    """Publish the best model of the run to a `local-dir:` folder, returns what timm loads from it."""
+    names = run.with_name('class-names.txt')
+    write_text(names, '\n'.join(data.classes) + '\n')
+    publication = collect_publication(read_source(run, class_names=str(names)))
+    save_folder(publication, folder, force=True, overwrite_card=True)
+    return timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
 
 
-def _draw_contact_sheet(model: nn.Module, data: PhotoPatches, path: Path, seed: int, rows: int = 3) -> Path:
+def _draw_prediction_grid(model: nn.Module, data: PhotoPatches, path: Path, seed: int, rows: int = 3) -> Path:
     """Classify some validation patches of each class, and draw them with what the model says.
 
     Nothing depends on colour: a wrong prediction has a thick frame and white text on black.
@@ -366,7 +332,7 @@ def _draw_contact_sheet(model: nn.Module, data: PhotoPatches, path: Path, seed: 
     draw.text((2 * pad, 8), 'Validation patches: the photograph, and what the model says', 0, title)
     draw.text((2 * pad, 32), 'Per cent: the confidence. Wrong predictions are on black.', 0, font)
     transform = create_transform(**resolve_model_data_config(model))
-    labels = cast(Dict[str, Any], model.pretrained_cfg)['label_names']
+    labels = cast(dict[str, Any], model.pretrained_cfg)['label_names']
     rng = random.Random(seed)
     for col, name in enumerate(data.classes):
         files = sorted((data.root / 'validation' / name).glob('*.png'))

@@ -1,7 +1,7 @@
 """What classifiers make of the low and the high frequencies of images, for any timm model."""
-from .bands import BandAccuracy, SplitOptions, evaluate_bands
-from .spectra import LayerSpectrum, find_gates, layer_spectra
-from .split import frequency_bands, num_rings, radial_power_spectrum, split_frequencies
+from gmnet_timm.frequency.bands import BandAccuracy, SplitOptions, evaluate_bands
+from gmnet_timm.frequency.spectra import LayerSpectrum, find_gates, layer_spectra
+from gmnet_timm.frequency.split import frequency_bands, num_rings, radial_power_spectrum, split_frequencies
 
 __all__ = [
     'BandAccuracy', 'LayerSpectrum', 'SplitOptions', 'evaluate_bands', 'find_gates', 'frequency_bands', 'layer_spectra',

@@ -8,8 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from gmnet_timm.errors import UserError
-
-from .split import check_radii, split_frequencies
+from gmnet_timm.frequency.split import check_radii, split_frequencies
 
 __all__ = ['BandAccuracy', 'SplitOptions', 'evaluate_bands', 'split_parts', 'wilson_interval']
 

@@ -7,9 +7,8 @@ import torch
 
 from gmnet_timm.errors import MissingExtraError, UserError
 from gmnet_timm.files import replacing
-
-from .spectra import LayerSpectrum
-from .split import radial_power_spectrum
+from gmnet_timm.frequency.spectra import LayerSpectrum
+from gmnet_timm.frequency.split import radial_power_spectrum
 
 __all__ = [
     'Curves', 'plot_band_curves', 'plot_image_panel', 'plot_layer_gains', 'plot_layer_spectra', 'require_matplotlib',

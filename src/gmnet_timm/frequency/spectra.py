@@ -8,10 +8,9 @@ import torch
 from torch import nn
 
 from gmnet_timm.errors import UserError
+from gmnet_timm.frequency.split import radial_power_spectrum
 from gmnet_timm.gated import Gate
 from gmnet_timm.gmnet import GmNetBlock
-
-from .split import radial_power_spectrum
 
 __all__ = ['LayerSpectrum', 'find_gates', 'layer_spectra']
 

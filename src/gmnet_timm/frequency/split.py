@@ -15,7 +15,7 @@ import torch
 
 from gmnet_timm.errors import UserError
 
-__all__ = ['frequency_bands', 'num_rings', 'radial_power_spectrum', 'split_frequencies']
+__all__ = ['check_corner', 'check_radii', 'frequency_bands', 'num_rings', 'radial_power_spectrum', 'split_frequencies']
 
 
 def split_frequencies(
@@ -122,6 +122,17 @@ def check_radii(radii: Sequence[float]) -> None:
         raise UserError(f'Radii must be numbers from 0 on, in cycles per image, got {list(radii)}.')
     if any(radii[i] >= radii[i + 1] for i in range(len(radii) - 1)):
         raise UserError(f'Radii must increase, got {list(radii)}.')
+
+
+def check_corner(radii: Sequence[float], input_size: Sequence[int]) -> None:
+    """Raise UserError for radii that would leave a low-pass or high-pass image of this size empty."""
+    height, width = input_size[-2:]
+    corner = ((height // 2) ** 2 + (width // 2) ** 2) ** .5
+    beyond = [radius for radius in radii if not 0 <= radius < corner]
+    if beyond:
+        raise UserError(
+            f'Radii must be from 0 to below {corner:.1f} cycles per image, the corner of the spectrum of a '
+            f'{height}x{width} image, got {", ".join(f"{radius:g}" for radius in beyond)}.')
 
 
 def _cached_by_size(fn):

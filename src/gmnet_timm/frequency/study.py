@@ -7,31 +7,30 @@ photographs.
 import json
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any
 
 import timm
 import torch
-from timm.data import create_dataset, create_loader
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
 from timm.utils import random_seed
 
 from gmnet_timm import __version__
+from gmnet_timm.demo.loop import create_patch_loader, create_schedule, train_epoch
 from gmnet_timm.demo.photos import PhotoPatches, prepare_photo_patches
 from gmnet_timm.errors import UserError
-
-from .bands import SplitOptions, evaluate_bands
-from .data import create_band_loader
-from .plots import Curves, plot_band_curves, require_matplotlib
-from .reports import write_csv, write_json
+from gmnet_timm.frequency.bands import SplitOptions, evaluate_bands
+from gmnet_timm.frequency.data import create_band_loader
+from gmnet_timm.frequency.plots import Curves, plot_band_curves, require_matplotlib
+from gmnet_timm.frequency.reports import write_csv, write_json
 
 __all__ = ['SUBJECTS', 'StudySettings', 'format_summary', 'run_study', 'summarize']
 
 # family -> label -> model and its arguments
-SUBJECTS: Dict[str, Dict[str, Tuple[str, Dict[str, Any]]]] = {
+SUBJECTS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
     'resnet18': {
         'ReLU(x)': ('resnet18', {}),
         'x·x': ('resnet18_ewp', {}),
@@ -66,13 +65,13 @@ class StudySettings:
 
     epochs: int = 10
     patches: int = 128  # training patches of each of the eight photographs, a quarter as many for validation
-    radii: Tuple[float, ...] = (3., 10.)
+    radii: tuple[float, ...] = (3., 10.)
     batch_size: int = 32
     lr: float = 3e-3
     weight_decay: float = .05
     warmup_epochs: int = 1
     smoothing: float = .1
-    scale: Tuple[float, float] = (.6, 1.)  # area of the random crops
+    scale: tuple[float, float] = (.6, 1.)  # area of the random crops
 
 
 def run_study(
@@ -82,7 +81,7 @@ def run_study(
         families: Sequence[str] = tuple(SUBJECTS),
         device: torch.device = torch.device('cpu'),  # noqa: B008, immutable
         log=print,
-) -> List[Dict[str, Any]]:
+) -> list[dict[str, Any]]:
     """Train each model with each seed, evaluate its bands after each epoch, and draw what came out.
 
     A finished run is a file in `output`/runs, which a later call does not repeat.
@@ -108,7 +107,7 @@ def run_study(
     ]
     finished = {path: _read_run(path, settings) for *_, path in runs if path.is_file()}
     data = prepare_photo_patches(output / 'data', patches=settings.patches)
-    rows: List[Dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for i, (family, label, seed, path) in enumerate(runs):
         run = finished.get(path)
         if run is None:
@@ -129,13 +128,13 @@ def run_study(
     return summary
 
 
-def summarize(rows: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
+def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean over seeds of each model, epoch and band, with its 95 % interval by Student's t.
 
     With one seed the interval is the point itself.
     """
     columns = ('family', 'label', 'model', 'epoch', 'band', 'radius')
-    groups: Dict[Tuple[Any, ...], List[float]] = {}
+    groups: dict[tuple[Any, ...], list[float]] = {}
     for row in rows:
         groups.setdefault(tuple(row[column] for column in columns), []).append(row['top1'])
     summary = []
@@ -155,7 +154,7 @@ def summarize(rows: Sequence[Dict[str, Any]]) -> List[Dict[str, Any]]:
     return summary
 
 
-def format_summary(summary: Sequence[Dict[str, Any]]) -> str:
+def format_summary(summary: Sequence[dict[str, Any]]) -> str:
     """The last epoch of each model as a table."""
     last = max(row['epoch'] for row in summary)
     final = [row for row in summary if row['epoch'] == last]
@@ -177,11 +176,11 @@ def _run_name(family: str, label: str) -> str:
     return '-'.join([model, *model_args.values()])
 
 
-def _as_json(settings: StudySettings) -> Dict[str, Any]:
+def _as_json(settings: StudySettings) -> dict[str, Any]:
     return json.loads(json.dumps(asdict(settings)))  # lists for tuples
 
 
-def _read_run(path: Path, settings: StudySettings) -> Dict[str, Any]:
+def _read_run(path: Path, settings: StudySettings) -> dict[str, Any]:
     run = json.loads(path.read_text())
     if run['settings'] != _as_json(settings):
         raise UserError(f'{path} is a run of other settings ({run["settings"]}). Choose another folder.')
@@ -190,12 +189,12 @@ def _read_run(path: Path, settings: StudySettings) -> Dict[str, Any]:
 
 def _run(
         model: str,
-        model_args: Dict[str, Any],
+        model_args: dict[str, Any],
         seed: int,
         settings: StudySettings,
         data: PhotoPatches,
         device: torch.device,
-) -> Dict[str, Any]:
+) -> dict[str, Any]:
     """One training with its results and what is needed to repeat it."""
     start = time.perf_counter()
     bands = _train_and_evaluate(model, model_args, seed, settings, data, device)
@@ -215,37 +214,26 @@ def _run(
 
 def _train_and_evaluate(
         name: str,
-        model_args: Dict[str, Any],
+        model_args: dict[str, Any],
         seed: int,
         settings: StudySettings,
         data: PhotoPatches,
         device: torch.device,
-) -> List[Dict[str, Any]]:
+) -> list[dict[str, Any]]:
     """Lines of `BandAccuracy.as_row` for each epoch."""
     random_seed(seed)
     model = timm.create_model(name, in_chans=1, num_classes=len(data.classes), **model_args)
     model.to(device).to(memory_format=torch.channels_last)
     optimizer = create_optimizer_v2(model, opt='adamw', lr=settings.lr, weight_decay=settings.weight_decay)
-    config: Dict[str, Any] = dict(
+    config: dict[str, Any] = dict(
         input_size=(1, 64, 64), mean=(data.mean,), std=(data.std,), interpolation='bilinear', crop_pct=1.)
-    loader = create_loader(
-        create_dataset('', str(data.root), split='train', input_img_mode='L'),
-        batch_size=settings.batch_size, is_training=True, scale=settings.scale, num_workers=0,
-        color_jitter=None,  # type: ignore[arg-type]  # timm's own way to turn it off
-        persistent_workers=False, device=device, **config)
+    loader = create_patch_loader(str(data.root), 'train', config, settings.batch_size, device, settings.scale)
     validation = create_band_loader(str(data.root), config, num_classes=len(data.classes), batch_size=200, workers=0)
-    scheduler, _ = create_scheduler_v2(
-        optimizer, sched='cosine', num_epochs=settings.epochs, warmup_epochs=settings.warmup_epochs, warmup_lr=1e-5,
-        min_lr=1e-5, step_on_epochs=False, updates_per_epoch=len(loader))
+    scheduler = create_schedule(optimizer, settings.epochs, settings.warmup_epochs, len(loader))
     criterion = LabelSmoothingCrossEntropy(settings.smoothing)
     rows = []
     for epoch in range(settings.epochs):
-        model.train()
-        for i, (images, targets) in enumerate(loader):
-            scheduler.step_update(epoch * len(loader) + i)
-            optimizer.zero_grad()
-            criterion(model(images.contiguous(memory_format=torch.channels_last)), targets).backward()
-            optimizer.step()
+        train_epoch(model, loader, criterion, optimizer, scheduler, epoch)
         for result in evaluate_bands(model.eval(), validation, settings.radii, progress=False):
             rows.append(dict(epoch=epoch + 1, **result.as_row()))
     for band, options in _LAST_EPOCH.items():
@@ -254,7 +242,7 @@ def _train_and_evaluate(
     return rows
 
 
-def _curves(summary: Sequence[Dict[str, Any]], family: str) -> Curves:
+def _curves(summary: Sequence[dict[str, Any]], family: str) -> Curves:
     curves: Curves = {}
     for row in summary:
         if row['family'] == family:

@@ -1,21 +1,16 @@
 """The model card of a published repository: only what is known, and where it is known from."""
-from typing import Any, Dict, List, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from gmnet_timm.info import PAPER, count_macs
-from gmnet_timm.publishing.source import Metric, Source
+from gmnet_timm.checkpoint.description import ModelDescription
+from gmnet_timm.info import BIBTEX, PAPER, count_macs
+from gmnet_timm.publishing.publication import Metric, Publication
 
 __all__ = ['model_card']
 
 TAGS = ['image-classification', 'timm', 'transformers', 'gmnet']
-
-_CITATION = '''@inproceedings{gmnet2026,
-  title = {GmNet: Revisiting Gating Mechanisms From A Frequency View},
-  booktitle = {International Conference on Learning Representations (ICLR)},
-  year = {2026},
-  note = {arXiv:2503.22841}
-}'''
 
 _METRIC_TITLES = {'top1': 'Top-1 accuracy (%)', 'top5': 'Top-5 accuracy (%)'}
 
@@ -37,57 +32,59 @@ _EFFECTIVE_WITH = {
 
 
 def model_card(
-        source: Source,
+        publication: Publication,
         name: str,
         model_id: str,
         license: str = 'apache-2.0',
-        datasets: Sequence[str] = (),
+        train_datasets: Sequence[str] = (),
 ) -> ModelCard:
     """Write the model card.
 
     Args:
-        source: What is published.
+        publication: What is published.
         name: Title of the model.
         model_id: What the usage examples load, `hf-hub:owner/name` or `local-dir:folder`.
         license: Licence of the weights, an identifier of the Hub.
-        datasets: Identifiers on the Hub of what the model was trained on; the accuracies are labelled with the first.
+        train_datasets: Identifiers on the Hub of the training data; the accuracies are labelled with the first.
     """
     data = ModelCardData(
         library_name='timm',
         pipeline_tag='image-classification',
         license=license,
         tags=list(TAGS),
-        datasets=list(datasets) or None,
-        metrics=['accuracy'] if source.metrics else None,
+        datasets=list(train_datasets) or None,
+        metrics=['accuracy'] if publication.metrics else None,
         model_name=name,
-        eval_results=[_eval_result(metric, source, datasets) for metric in source.metrics] or None,
+        eval_results=[_eval_result(metric, publication, train_datasets) for metric in publication.metrics] or None,
     )
-    if not source.metrics:
+    if not publication.metrics:
         data.model_name = None  # it would only name an empty model-index
     sections = [
-        f'# {name}\n\n{_description(source)}',
-        f'## Model\n\n{_facts(source)}',
-        f'## Use\n\n{_usage(model_id, source.data_config["input_size"])}',
-        f'## Evaluation\n\n{_evaluation(source, datasets)}',
-        f'## Training\n\n{_training(source, datasets)}',
-        f'## Limits\n\n{_limits(source)}',
-        f'## Citation\n\n```bibtex\n{_CITATION}\n```',
+        f'# {name}\n\n{_description(publication)}',
+        f'## Model\n\n{_facts(publication)}',
+        f'## Use\n\n{_usage(model_id, publication.source.data_config["input_size"])}',
+        f'## Evaluation\n\n{_evaluation(publication, train_datasets)}',
+        f'## Training\n\n{_training(publication, train_datasets)}',
+        f'## Limits\n\n{_limits(publication)}',
+        f'## Citation\n\n```bibtex\n{BIBTEX}\n```',
     ]
     return ModelCard(f'---\n{data.to_yaml()}\n---\n\n' + '\n\n'.join(sections) + '\n')
 
 
-def _description(source: Source) -> str:
-    size = source.architecture.model_name
-    what = f'`{size}`' if size else 'A model of the GmNet family'
+def _description(publication: Publication) -> str:
+    description = publication.source.description
+    what = f'`{description.size}`' if _is_published(description) else 'A model of the GmNet family'
     return (
-        f'{what} for image classification with {source.architecture.num_classes} classes. GmNet is a convolutional '
-        'network whose blocks gate features with themselves ([paper](https://arxiv.org/abs/2503.22841)); this is the '
-        'implementation of gmnet-timm, a plugin for timm.'
+        f'{what} for image classification with {description.full_args["num_classes"]} classes. GmNet is a '
+        'convolutional network whose blocks gate features with themselves '
+        '([paper](https://arxiv.org/abs/2503.22841)). This is the implementation of gmnet-timm, a plugin for timm.'
     )
 
 
-def _facts(source: Source) -> str:
-    model, config = source.architecture.build(device='meta'), source.data_config
+def _facts(publication: Publication) -> str:
+    source = publication.source
+    model, config = source.description.create(device='meta'), source.data_config
+    args = source.description.full_args
     params = sum(parameter.numel() for parameter in model.parameters())
     rows = {
         'Parameters': f'{params:,}',
@@ -97,19 +94,24 @@ def _facts(source: Source) -> str:
             f'{config["interpolation"]} resize, {config["crop_mode"]} crop of {config["crop_pct"]}, '
             f'mean {_numbers(config["mean"])}, std {_numbers(config["std"])}'
         ),
-        'Configuration': _certainty(source),
+        'Configuration': _certainty(source.description),
+        'Activation, pooling, output stride': f'{args["act_layer"]}, {args["global_pool"]}, {args["output_stride"]}',
     }
-    if source.use_ema:
-        rows['Weights'] = 'averaged over training (EMA)'
+    if source.checkpoint.has_ema:
+        rows['Weights'] = 'EMA of training' if source.checkpoint.ema else 'of the last step, not their EMA'
     return _table(('', ''), rows)
 
 
-def _certainty(source: Source) -> str:
-    architecture = source.architecture
-    size = architecture.model_name
-    if size is None:
-        nearest = architecture.nearest_model_name
-        return f'no size of the paper; {nearest} with {"; ".join(architecture.differences(nearest))}'
+def _is_published(description: ModelDescription) -> bool:
+    """Whether it is a size of the paper as it is there, whatever its classes and channels."""
+    return not description.distinct_args.keys() - {'in_chans'}
+
+
+def _certainty(description: ModelDescription) -> str:
+    size = description.size
+    if not _is_published(description):
+        values = ', '.join(f'{key} {value}' for key, value in description.distinct_args.items() if key != 'in_chans')
+        return f'not a model of the paper; {size} with {values}'
     if PAPER[size].configuration == 'released':
         return f'{size} as released by the authors'
     return f"{size}, reconstructed from the paper's parameters and FLOPs: the authors released no code for this size"
@@ -155,23 +157,23 @@ image = Image.new('{mode}', (320, 240))  # in place of yours: Image.open('photo.
 images = transform(image).unsqueeze(0)'''
 
 
-def _evaluation(source: Source, datasets: Sequence[str]) -> str:
-    if not source.metrics:
+def _evaluation(publication: Publication, train_datasets: Sequence[str]) -> str:
+    if not publication.metrics:
         return 'No accuracy of these weights is recorded.'
-    dataset = _dataset(source.recipe, datasets)
-    rows = {_METRIC_TITLES[metric.name]: f'{metric.value:g} | {metric.source}' for metric in source.metrics}
+    dataset = _dataset(publication.recipe, train_datasets)
+    rows = {_METRIC_TITLES[metric.name]: f'{metric.value:g} | {metric.source}' for metric in publication.metrics}
     return f'On {dataset["dataset_name"]}:\n\n' + _table(('', 'value | from'), rows)
 
 
-def _training(source: Source, datasets: Sequence[str]) -> str:
-    trained_on = f'Trained on {", ".join(datasets)}.' if datasets else 'The training data are not stated.'
-    recipe = {key: f'`{source.recipe[key]}`' for key in _RECIPE if _is_effective(key, source.recipe)}
+def _training(publication: Publication, train_datasets: Sequence[str]) -> str:
+    trained_on = f'Trained on {", ".join(train_datasets)}.' if train_datasets else 'The training data are not stated.'
+    recipe = {key: f'`{publication.recipe[key]}`' for key in _RECIPE if _is_effective(key, publication.recipe)}
     if not recipe:
         return f'{trained_on} The recipe is not recorded with the weights.'
     return f"{trained_on} With timm's train.py and these arguments:\n\n" + _table(('argument', 'value'), recipe)
 
 
-def _is_effective(key: str, recipe: Dict[str, Any]) -> bool:
+def _is_effective(key: str, recipe: dict[str, Any]) -> bool:
     value = recipe.get(key)
     if value is None or value is False or value in ('', []):  # but 0 may differ from a default
         return False
@@ -180,19 +182,19 @@ def _is_effective(key: str, recipe: Dict[str, Any]) -> bool:
     return key not in _EFFECTIVE_WITH or any(recipe.get(other) for other in _EFFECTIVE_WITH[key])
 
 
-def _limits(source: Source) -> str:
+def _limits(publication: Publication) -> str:
     limits = [
         'Nothing here says how the model does on images unlike those it was evaluated on.',
         'It can be no fairer than its training data, and has not been examined for bias by gmnet-timm.',
         'Any height and width of at least 32 pixels work, but accuracies hold for the input size above.',
-        *source.notes,
+        *publication.notes,
     ]
-    if source.architecture.in_chans != 3:
+    if publication.source.description.full_args['in_chans'] != 3:
         limits.append('transformers gives models three channels, so its pipeline does not take this one: use timm.')
     return '\n'.join(f'- {limit}' for limit in limits)
 
 
-def _eval_result(metric: Metric, source: Source, datasets: Sequence[str]) -> EvalResult:
+def _eval_result(metric: Metric, publication: Publication, train_datasets: Sequence[str]) -> EvalResult:
     return EvalResult(
         task_type='image-classification',
         task_name='Image classification',
@@ -200,16 +202,16 @@ def _eval_result(metric: Metric, source: Source, datasets: Sequence[str]) -> Eva
         metric_name=_METRIC_TITLES[metric.name],
         metric_value=metric.value,
         metric_args={'source': metric.source},
-        **_dataset(source.recipe, datasets),
+        **_dataset(publication.recipe, train_datasets),
     )
 
 
-def _dataset(recipe: Dict[str, Any], datasets: Sequence[str]) -> Dict[str, Any]:
+def _dataset(recipe: dict[str, Any], train_datasets: Sequence[str]) -> dict[str, Any]:
     """What was evaluated on: as stated, else as train.py was told, else unknown."""
     kind, _, name = str(recipe.get('dataset') or '').rpartition('/')
     split = recipe.get('val_split')
-    if datasets:
-        return dict(dataset_type=datasets[0], dataset_name=datasets[0], dataset_split=split)
+    if train_datasets:
+        return dict(dataset_type=train_datasets[0], dataset_name=train_datasets[0], dataset_split=split)
     if kind in ('hfds', 'hfids') or '/' in kind:
         name = str(recipe['dataset']).split('/', 1)[1]
     if name:
@@ -219,9 +221,9 @@ def _dataset(recipe: Dict[str, Any], datasets: Sequence[str]) -> Dict[str, Any]:
     return dict(dataset_type='unknown', dataset_name='an unnamed dataset', dataset_split=split)
 
 
-def _table(header: Sequence[str], rows: Dict[str, str]) -> str:
+def _table(header: Sequence[str], rows: dict[str, str]) -> str:
     columns = ' | '.join(header).count('|') + 1
-    lines: List[str] = [f'| {" | ".join(header)} |', '|---' * columns + '|']
+    lines: list[str] = [f'| {" | ".join(header)} |', '|---' * columns + '|']
     return '\n'.join(lines + [f'| {key} | {value} |' for key, value in rows.items()])
 
 

@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Optional, Tuple, TypeGuard, Union
 
 import yaml
 
-from gmnet_timm.checkpoint.architecture import infer_architecture, read_checkpoint_entries, read_state_dict
+from gmnet_timm.checkpoint.reading import read_metadata
 from gmnet_timm.errors import MissingExtraError, UserError
 from gmnet_timm.files import replacing
 from gmnet_timm.training.recipe import RECIPES, Layout, load_recipe
@@ -90,6 +90,31 @@ class TrainingRun:
         sign = -1 if self.args.get('eval_metric') == 'loss' else 1
         ranked = [c for c in self.checkpoints if _finite(c.metric)]
         return max(ranked, key=lambda c: (sign * _number(c.metric), c.path.name.startswith('model_best')), default=None)
+
+
+ARGS_NAME = 'args.yaml'
+
+
+def read_args(path: Path) -> Dict[str, Any]:
+    """TEMPORARY"""
+    notes: List[str] = []
+    args = _read_args(path, notes)
+    if notes:
+        raise UserError(notes[0])
+    return args
+
+
+def epoch_checkpoints(run: Path) -> Dict[int, Path]:
+    """TEMPORARY"""
+    import re
+    found = {}
+    for path in run.glob('checkpoint-*.pth.tar'):
+        match = re.fullmatch(r'checkpoint-(\d+)\.pth\.tar', path.name)
+        if match:
+            found[int(match.group(1))] = path
+    if not found:
+        raise UserError(f'{run} holds no checkpoint-EPOCH.pth.tar.')
+    return dict(sorted(found.items()))
 
 
 def read_run(path: Union[str, Path]) -> TrainingRun:
@@ -258,7 +283,7 @@ def _parse_row(row: Dict[str, str]) -> Optional[Epoch]:
 
 def _read_checkpoint(path: Path, notes: List[str]) -> Optional[RunCheckpoint]:
     try:
-        content = read_checkpoint_entries(path)
+        content = read_metadata(path)
     except Exception as e:  # a damaged file can make the unpickler and the zip reader raise almost anything
         notes.append(f'{path.name} cannot be read and is no checkpoint to go on from: {_first_line(e)}')
         return None
@@ -338,7 +363,8 @@ def _describe_checkpoint(run: TrainingRun) -> str:
     ema = ', averaged weights' if best.ema else ''
     what = f'{best.path} (epoch {best.epoch}, {run.args.get("eval_metric", "top1")} {best.metric:.2f}{ema})'
     try:
-        return f'{what}, {infer_architecture(read_state_dict(best.path)).describe()}'
+        from gmnet_timm.source import read_source
+        return f'{what}, {read_source(best.path).description}'
     except UserError as e:
         return f'not {what}: {e}'
 

@@ -1,0 +1,187 @@
+"""Band accuracies of models and of training runs, with everything needed to repeat them."""
+import dataclasses
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+
+from gmnet_timm import __version__
+from gmnet_timm.frequency.bands import SplitOptions, evaluate_bands
+from gmnet_timm.frequency.data import create_band_loader
+from gmnet_timm.frequency.reports import read_csv, write_csv
+from gmnet_timm.frequency.split import check_corner
+from gmnet_timm.source import LoadedModel, load_model
+from gmnet_timm.training.run import ARGS_NAME, epoch_checkpoints, read_args
+
+__all__ = ['EvalSettings', 'evaluate_model', 'evaluate_runs', 'report_rows']
+
+
+@dataclass(frozen=True)
+class EvalSettings:
+    """What decides the numbers of an evaluation beside the model. Radii are in cycles per image."""
+
+    data_dir: str | None
+    dataset: str = ''
+    split: str = 'validation'
+    class_map: str = ''
+    limit: int | None = None
+    radii: tuple[float, ...] = (12., 24., 36.)
+    options: SplitOptions = SplitOptions()
+    amp_dtype: str | None = None  # name of a torch type
+
+
+def evaluate_model(
+        model: LoadedModel,
+        settings: EvalSettings,
+        *,
+        device: torch.device = torch.device('cpu'),  # noqa: B008, immutable
+        batch_size: int = 64,
+        workers: int = 2,
+        rank: int = 0,
+        world_size: int = 1,
+) -> dict[str, Any]:
+    """Evaluate a model band by band.
+
+    Args:
+        model: The model.
+        settings: Data, radii and options.
+        device: Where to run.
+        batch_size: Images a batch.
+        workers: Processes that load images.
+        rank: Part of the data that this process evaluates.
+        world_size: Number of processes.
+
+    Returns:
+        A report that `json.dump` takes: results by band, and everything needed to repeat them.
+
+    Raises:
+        UserError: As by `evaluate_bands` and `create_band_loader`, or a radius beyond the corner of the spectrum.
+    """
+    config = model.data_config
+    check_corner(settings.radii, config['input_size'])
+    loader = create_band_loader(
+        settings.data_dir,
+        config,
+        dataset=settings.dataset,
+        split=settings.split,
+        class_map=settings.class_map,
+        num_classes=getattr(model.model, 'num_classes', None),
+        batch_size=batch_size,
+        workers=workers,
+        limit=settings.limit,
+        rank=rank,
+        world_size=world_size,
+    )
+    results = evaluate_bands(
+        model.model.to(device),
+        loader,
+        settings.radii,
+        options=settings.options,
+        mean=config['mean'],
+        std=config['std'],
+        amp_dtype=getattr(torch, settings.amp_dtype) if settings.amp_dtype else None,
+    )
+    return dict(
+        name=model.name,
+        provenance=model.provenance,
+        results=[result.as_row() for result in results],
+        skipped=loader.skipped,
+        settings=asdict(settings),
+        data_config=config,
+        batch_size=batch_size,
+        processes=world_size,
+        device=torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.machine() + ' CPU',
+        versions={'gmnet_timm': __version__, 'timm': timm.__version__, 'torch': torch.__version__},
+        command=sys.argv,
+    )
+
+
+def report_rows(report: dict[str, Any], **first: Any) -> list[dict[str, Any]]:
+    """One line a band for a CSV, with the choices that decided it.
+
+    Args:
+        report: From `evaluate_model`.
+        **first: Columns to put first.
+    """
+    return [
+        {**first, 'model': report['name'], **result, 'skipped': report['skipped'], **_settings_columns(report)}
+        for result in report['results']
+    ]
+
+
+def evaluate_runs(
+        runs: Sequence[Path],
+        settings: EvalSettings,
+        path: Path,
+        *,
+        use_ema: bool = True,
+        **kwargs: Any,
+) -> list[dict[str, Any]]:
+    """Evaluate the checkpoints of training runs, epoch by epoch, going on where an earlier call stopped.
+
+    Args:
+        runs: Run folders of train.py or of the demo.
+        settings: Data, radii and options. Without data, each run's own validation data.
+        path: CSV file to write after each checkpoint. Lines of other runs and settings in it are kept.
+        use_ema: Evaluate EMA weights where a checkpoint has them.
+        **kwargs: As for `evaluate_model`.
+
+    Returns:
+        The lines for these runs and settings, in order of runs and epochs.
+    """
+    rows = read_csv(path) if path.is_file() else []
+    wanted = []
+    for run in runs:
+        args = read_args(run / ARGS_NAME)
+        own = _with_data_of(settings, args)
+        for epoch, checkpoint in epoch_checkpoints(run).items():
+            key = dict(
+                run=str(run), epoch=str(epoch), ema=str(use_ema),
+                # a run that was trained anew is evaluated anew
+                checkpoint_time=str(checkpoint.stat().st_mtime_ns), **_requested(own))
+            wanted.append(key)
+            if any(key.items() <= row.items() for row in rows):
+                continue
+            model = dataclasses.replace(load_model(str(checkpoint), use_ema=use_ema), name=args['model'])
+            report = evaluate_model(model, own, **kwargs)
+            new = report_rows(report, **key)
+            same = {name: value for name, value in key.items() if name != 'checkpoint_time'}
+            rows = [row for row in rows if not same.items() <= row.items()]
+            rows += [{name: str(value) for name, value in row.items()} for row in new]
+            if kwargs.get('rank', 0) == 0:
+                write_csv(rows, path)
+    return [row for key in wanted for row in rows if key.items() <= row.items()]
+
+
+def _settings_columns(report: dict[str, Any]) -> dict[str, Any]:
+    config = report['data_config']
+    return {
+        **_requested(EvalSettings(**{**report['settings'], 'options': SplitOptions(**report['settings']['options'])})),
+        'input_size': 'x'.join(map(str, config['input_size'])),
+        'interpolation': config['interpolation'],
+        'crop_pct': config['crop_pct'],
+    }
+
+
+def _requested(settings: EvalSettings) -> dict[str, str]:
+    """The settings as text, for columns and for recognising what has been done."""
+    fields = asdict(settings)
+    fields.update(fields.pop('options'))
+    fields['radii'] = ' '.join(f'{radius:g}' for radius in settings.radii)
+    return {name: '' if value is None else str(value) for name, value in fields.items()}
+
+
+def _with_data_of(settings: EvalSettings, args: dict[str, Any]) -> EvalSettings:
+    if settings.data_dir or settings.dataset:
+        return settings
+    fields = {name: args[key] for name, key in (
+        ('data_dir', 'data_dir'), ('dataset', 'dataset'), ('split', 'val_split'), ('class_map', 'class_map'))
+        if args.get(key)}
+    if 'data_dir' not in fields and args.get('data'):  # train.py's positional argument
+        fields['data_dir'] = args['data']
+    return EvalSettings(**{**settings.__dict__, **fields})

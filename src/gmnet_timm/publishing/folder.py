@@ -1,0 +1,112 @@
+"""A folder that timm and transformers load: weights, configuration and card, proved before it is there."""
+import dataclasses
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from timm.models._hub import save_config_for_hf
+
+from gmnet_timm.checkpoint.config import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+from gmnet_timm.checkpoint.integrity import weights_sha256
+from gmnet_timm.checkpoint.writing import save_weights
+from gmnet_timm.errors import UserError
+from gmnet_timm.publishing.model_card import model_card
+from gmnet_timm.publishing.proof import Proof, prove_folder
+from gmnet_timm.publishing.publication import Publication
+
+__all__ = ['SavedFolder', 'save_folder']
+
+
+@dataclasses.dataclass(frozen=True)
+class SavedFolder:
+    """A folder that was written, and what was compared with it."""
+
+    path: Path
+    proof: Proof
+
+
+def save_folder(
+        publication: Publication,
+        folder: str | Path,
+        repo_id: str | None = None,
+        license: str | None = None,
+        train_datasets: Sequence[str] = (),
+        force: bool = False,
+        overwrite_card: bool = False,
+        stated_preprocessing: bool = False,
+) -> SavedFolder:
+    """Write model.safetensors, config.json and README.md, and prove that timm loads the model that the source defines.
+
+    Args:
+        publication: What to write.
+        folder: Folder to create.
+        repo_id: `owner/name` that the card's examples load, the folder itself if None.
+        license: Licence of the weights, an identifier of the Hub. By default that of the source, else apache-2.0.
+        train_datasets: Identifiers on the Hub of the training data.
+        force: Replace these files in a folder that exists.
+        overwrite_card: Write a new card even if the source or the folder has one.
+        stated_preprocessing: The user stated preprocessing, so the source's own is not to be compared.
+
+    Raises:
+        UserError: The folder exists and `force` is not set, or what was written does not load to the same model.
+    """
+    folder, license = Path(folder), license or publication.license or 'apache-2.0'
+    if folder.exists() and not force:
+        raise UserError(f'{folder} exists: choose another name, or give --force to replace the files in it.')
+    model_id = f'hf-hub:{repo_id}' if repo_id else f'local-dir:{folder}'
+    card = None if overwrite_card else publication.card
+    if card is None:
+        name = (repo_id or folder.resolve().name).split('/')[-1]
+        card = str(model_card(publication, name, model_id, license=license, train_datasets=train_datasets))
+    with _temporary_folder_beside(folder) as temporary:
+        _write_files(publication, temporary, card, license)
+        proof = prove_folder(publication.source, temporary, stated_preprocessing)
+        if not folder.exists():
+            temporary.rename(folder)
+            return SavedFolder(folder, proof)
+        for name in (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME):
+            if name != CARD_NAME or overwrite_card or not (folder / name).exists():
+                os.replace(temporary / name, folder / name)
+    return SavedFolder(folder, proof)
+
+
+def _write_files(publication: Publication, folder: Path, card: str, license: str) -> None:
+    source, description = publication.source, publication.source.description
+    model = source.build()
+    cfg: dict[str, Any] = {**vars(model)['pretrained_cfg'], **source.data_config, 'license': license, 'pool_size': None}
+    cfg.pop('tag', None)  # it names the training data of the published models
+    model.pretrained_cfg = cfg  # type: ignore[assignment]
+    save_weights(model.state_dict(), folder / WEIGHTS_NAME, description)
+    save_config_for_hf(
+        model,
+        folder / CONFIG_NAME,  # type: ignore[arg-type]  # timm before 1.0.30 says str and needs a Path
+        model_config={'label_names': publication.class_names, 'global_pool': description.full_args['global_pool']},
+    )
+    config = json.loads((folder / CONFIG_NAME).read_text(encoding='utf-8'))
+    config.update(architecture=description.size, weights_sha256=weights_sha256(model.state_dict()))
+    config.pop('model_args', None)
+    # num_classes has an entry of its own, and transformers passes both to `create_model`
+    if description.distinct_args:
+        config['model_args'] = description.distinct_args
+    if description.full_args['in_chans'] not in (1, 3):  # timm before 1.0.30 would adapt it from three channels
+        config['pretrained_cfg']['first_conv'] = None
+    text = json.dumps(config, indent=2, allow_nan=False) + '\n'
+    (folder / CONFIG_NAME).write_text(text, encoding='utf-8')
+    (folder / CARD_NAME).write_text(card, encoding='utf-8')
+
+
+@contextmanager
+def _temporary_folder_beside(folder: Path) -> Iterator[Path]:
+    temporary = folder.with_name(f'.{secrets.token_hex(4)}-{folder.name}')
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+    except OSError as e:
+        raise UserError(f'Cannot write {folder}: {e}') from e
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

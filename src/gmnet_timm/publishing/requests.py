@@ -1,0 +1,43 @@
+"""Requests to the Hub whose failure says what state things are in."""
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+from huggingface_hub.errors import HfHubHTTPError
+
+from gmnet_timm.errors import UserError
+
+__all__ = ['explaining']
+
+# What huggingface_hub raises when a request fails, whichever HTTP library it uses: they share these ancestors.
+# It wraps failed uploads in RuntimeError, and takes broken answers for ValueError.
+_REQUEST_ERRORS: tuple[Any, ...] = (OSError, RuntimeError, ValueError, KeyError, *HfHubHTTPError.__bases__)
+
+_ADVICE = {
+    401: 'Log in with `hf auth login`, or give a token with --token or HF_TOKEN.',
+    403: 'The token does not allow this: it needs write permission there. --create-pr opens a pull request instead.',
+    404: 'There is no such repository or revision, or the token does not show it.',
+    409: 'The repository was changed by somebody else meanwhile.',
+    412: 'The repository was changed by somebody else meanwhile.',
+    429: 'The server limits the rate of requests: try again later.',
+}
+
+
+@contextlib.contextmanager
+def explaining(what: str) -> Iterator[None]:
+    """Turn the failure of a request into an error that says what state things are in."""
+    try:
+        yield
+    except _REQUEST_ERRORS as e:
+        causes: list[BaseException] = [e]  # huggingface_hub wraps failures, and then advises to check the connection
+        while causes[-1].__cause__ is not None:
+            causes.append(causes[-1].__cause__)
+        answers = [(cause, response) for cause in causes if (response := getattr(cause, 'response', None)) is not None]
+        cause, response = answers[0] if answers else (causes[-1], None)
+        reason = ' '.join(str(cause).split('For more information')[0].split()).rstrip('.')
+        advice = 'Check your connection.'
+        if response is not None:
+            advice = _ADVICE.get(response.status_code, 'The server has a problem.')
+        raise UserError(f'{what}. {type(cause).__name__}: {reason}. {advice}') from e
+
+
