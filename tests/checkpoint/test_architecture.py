@@ -8,7 +8,8 @@ import timm
 import torch
 from conftest import SIZES, create
 
-from gmnet_timm.checkpoint.architecture import CheckpointError, infer_architecture, load_model, read_state_dict
+from gmnet_timm.checkpoint.architecture import infer_architecture, load_model
+from gmnet_timm.checkpoint.reading import CheckpointError, read_checkpoint
 
 WRAPPINGS = {
     'bare': lambda sd: sd,
@@ -61,8 +62,8 @@ def test_loads_with_another_head_and_other_channels(checkpoint, authors):
 def test_raw_weights_instead_of_averaged_ones(authors, tmp_path):
     path = tmp_path / 'checkpoint.pth'
     torch.save(WRAPPINGS['state_dict_ema'](authors.state_dict()), path)
-    assert (read_state_dict(path)['stages.0.1.gamma'] == authors.stages[0][1].gamma).all()
-    assert (read_state_dict(path, use_ema=False)['stages.0.1.gamma'] == authors.stages[0][1].gamma + 1).all()
+    assert (read_checkpoint(path).state_dict['stages.0.1.gamma'] == authors.stages[0][1].gamma).all()
+    assert (read_checkpoint(path, use_ema=False).state_dict['stages.0.1.gamma'] == authors.stages[0][1].gamma + 1).all()
 
 
 def test_safetensors(authors, tmp_path):
@@ -160,7 +161,7 @@ def write_no_weights(path):
     (write_plain_pickle_with_code, 'run code'),
     (write_truncated, 'cannot be read'),
     (write_model_object, 'run code'),
-    (write_numbers, 'epoch, lr are no tensors'),
+    (write_numbers, 'epoch, lr are not tensors'),
     (write_list, 'cannot be read'),
     (write_no_weights, 'holds no weights'),
 ])

@@ -1,42 +1,25 @@
-"""Reading GmNet checkpoints: from the authors, from timm's train.py, or as safetensors.
+"""Which GmNet do tensors belong to?
 
 What a checkpoint holds is worked out from the shapes of its tensors, never from its name: three of the four published
 sizes are reconstructions, and files get renamed.
 """
-import argparse
 import dataclasses
 import functools
 import re
-import zipfile
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
-from timm.models import load_state_dict
 
 from gmnet_timm import gmnet
-from gmnet_timm.checkpoint.integrity import (
-    DamageError,
-    _listed,
-    check_container,
-    check_values,
-    recorded_sha256,
-    weights_sha256,
-)
-from gmnet_timm.errors import UserError
+from gmnet_timm.checkpoint.integrity import listed
+from gmnet_timm.checkpoint.reading import CheckpointError, read_checkpoint
 
-__all__ = [
-    'Architecture', 'CheckpointError', 'infer_architecture', 'load_model', 'read_checkpoint_entries', 'read_state_dict',
-    'require_ema',
-]
+__all__ = ['Architecture', 'infer_architecture', 'load_model']
 
 REGISTERED_SIZES = ('gmnet_s1', 'gmnet_s2', 'gmnet_s3', 'gmnet_s4')
 
 _TENSORS_PER_BLOCK = 19  # four convolutions, two BatchNorms and the layer scale
-
-
-class CheckpointError(UserError, ValueError):
-    """A file that is not a usable GmNet checkpoint."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,74 +97,6 @@ class Architecture:
         ]
 
 
-def read_state_dict(path: Union[str, Path], use_ema: bool = True) -> Dict[str, torch.Tensor]:
-    """Read the weights of a checkpoint file, without running any code that it may carry.
-
-    Takes what timm takes: a state dict, bare or under `state_dict_ema`, `model_ema`, `state_dict` or `model`, with or
-    without the `module.` prefix of DistributedDataParallel, in torch's or in safetensors format.
-
-    Args:
-        path: Checkpoint file.
-        use_ema: Prefer averaged weights where the file has them.
-
-    Returns:
-        Tensors by parameter name, on the CPU.
-
-    Raises:
-        CheckpointError: The file is missing, damaged as far as that can be known (checksums, a recorded hash, values
-            that are not finite), holds something else, or is a pickle that needs code to run.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise CheckpointError(f'No checkpoint at {path}: give the path of a file.')
-    try:
-        check_container(path)
-        state_dict = load_state_dict(str(path), use_ema=use_ema, device='cpu', weights_only=True)
-    except Exception as e:  # a damaged file can make the unpickler and the zip reader raise almost anything
-        raise CheckpointError(f'{path} cannot be read as a checkpoint. {_reason(e)}') from e
-    if not state_dict:
-        raise CheckpointError(f'{path} holds no weights.')
-    strangers = [key for key, value in state_dict.items() if not isinstance(value, torch.Tensor)]
-    if strangers:
-        raise CheckpointError(f'{path} holds no state dict: {_listed(strangers)} are no tensors.')
-    try:
-        check_values(state_dict, path.stat().st_size)
-    except DamageError as e:
-        raise CheckpointError(f'{path} holds no usable weights. {e}.') from e
-    recorded = recorded_sha256(path)
-    if recorded is not None and recorded != weights_sha256(state_dict):
-        raise CheckpointError(f'{path} is damaged: its weights do not have the SHA-256 that it records.')
-    return state_dict
-
-
-def read_checkpoint_entries(path: Union[str, Path]) -> Dict[str, Any]:
-    """What train.py saved beside the weights (`epoch`, `args`, `state_dict_ema`, …), without running any code.
-
-    Args:
-        path: Checkpoint file, one that `read_state_dict` accepts.
-
-    Returns:
-        Entries by name, their tensors left on disk where the format allows. None for safetensors and bare state dicts.
-    """
-    if str(path).endswith('.safetensors'):
-        return {}
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        entries = torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
-    if not isinstance(entries, dict):
-        return {}
-    return {key: value for key, value in entries.items() if not isinstance(value, torch.Tensor)}
-
-
-def require_ema(path: Union[str, Path]) -> None:
-    """Check that a file has averaged weights, where `use_ema` alone would fall back to the others.
-
-    Raises:
-        CheckpointError: It has none.
-    """
-    if not any(key in read_checkpoint_entries(path) for key in ('state_dict_ema', 'model_ema')):
-        raise CheckpointError(f'{path} has no averaged (EMA) weights.')
-
-
 def infer_architecture(state_dict: Dict[str, torch.Tensor], verify: bool = True) -> Architecture:
     """Work out from tensor shapes which GmNet a state dict belongs to.
 
@@ -228,9 +143,9 @@ def load_model(path: Union[str, Path], use_ema: bool = True, **kwargs: Any) -> g
         **kwargs: Further arguments of `timm.create_model`, such as `drop_path_rate`.
 
     Raises:
-        CheckpointError: As by `read_state_dict` and `infer_architecture`.
+        CheckpointError: As by `read_checkpoint` and `infer_architecture`.
     """
-    state_dict = read_state_dict(path, use_ema=use_ema)
+    state_dict = read_checkpoint(path, use_ema=use_ema).state_dict
     try:
         model = infer_architecture(state_dict).build(**kwargs)
     except CheckpointError as e:
@@ -247,7 +162,7 @@ def _registered(name: str) -> Architecture:
 
 def _conv_shape(shapes: Dict[str, Tuple[int, ...]], key: str) -> Tuple[int, ...]:
     if key not in shapes:
-        raise CheckpointError(f'This is not a GmNet: it has no {key} (it starts with {_listed(list(shapes))}).')
+        raise CheckpointError(f'This is not a GmNet: it has no {key} (it starts with {listed(list(shapes))}).')
     shape = shapes[key]
     if len(shape) != 4 or min(shape) < 1:
         raise CheckpointError(f'This is not a GmNet: {key} has shape {shape}, a convolution has four dimensions.')
@@ -283,17 +198,6 @@ def _verify_shapes(shapes: Dict[str, Tuple[int, ...]], architecture: Architectur
             for key, shape in expected.items() if key in shapes and shapes[key] != shape
         ],
     }
-    found = [f'{what}: {_listed(keys)}' for what, keys in problems.items() if keys]
+    found = [f'{what}: {listed(keys)}' for what, keys in problems.items() if keys]
     if found:
         raise CheckpointError(f'The tensors do not make a GmNet. {"; ".join(found)}.')
-
-
-def _reason(error: Exception) -> str:
-    text = ' '.join(str(error).split())
-    if 'weights_only' in text or 'Weights only' in text:
-        blocked = re.search(r'Unsupported globals: (.*?)\. No automatic', text)  # timm's message, where it knows them
-        names = f' It asks for {blocked.group(1)[:200]}.' if blocked else ''
-        return f'It is in another format, or a pickle that would run code, which is refused.{names}'
-    if isinstance(error, DamageError):
-        return f'{error}.'
-    return f'It is damaged or in another format ({type(error).__name__}: {text.split(". ")[0][:200]}).'

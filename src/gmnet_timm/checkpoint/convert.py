@@ -7,8 +7,9 @@ from typing import Dict, Optional, Union
 import torch
 from safetensors.torch import save
 
-from gmnet_timm.checkpoint.architecture import CheckpointError, infer_architecture, read_state_dict, require_ema
+from gmnet_timm.checkpoint.architecture import infer_architecture
 from gmnet_timm.checkpoint.integrity import SHA256_KEY, weights_sha256
+from gmnet_timm.checkpoint.reading import CheckpointError, read_checkpoint
 from gmnet_timm.errors import UserError
 from gmnet_timm.files import replacing
 
@@ -30,7 +31,7 @@ def convert(
     the weights under `state_dict`; `.pth`, `.pt` and `.bin` hold the bare state dict.
 
     Args:
-        source: Any checkpoint that `read_state_dict` reads.
+        source: Any checkpoint that `read_checkpoint` reads.
         target: File to write.
         dtype: Floating point type to convert to, that of the source if None.
         use_ema: Take the averaged weights.
@@ -43,9 +44,10 @@ def convert(
         CheckpointError: The source is no GmNet, damaged, has no averaged weights, or does not fit into `dtype`.
         UserError: The target exists, or has another suffix.
     """
-    state_dict = read_state_dict(source, use_ema=use_ema)
-    if use_ema:
-        require_ema(source)
+    checkpoint = read_checkpoint(source, use_ema=use_ema)
+    if use_ema and not checkpoint.ema:
+        raise CheckpointError(f'{source} has no averaged (EMA) weights.')
+    state_dict = checkpoint.state_dict
     infer_architecture(state_dict)
     if dtype is not None:
         state_dict = cast(state_dict, dtype)
@@ -84,7 +86,7 @@ def save_weights(state_dict: Dict[str, torch.Tensor], path: Union[str, Path], fo
             temporary.write_bytes(_safetensors(state_dict))
         else:
             torch.save({'state_dict': state_dict} if path.suffix == '.tar' else state_dict, temporary)
-        if weights_sha256(read_state_dict(temporary)) != weights_sha256(state_dict):
+        if weights_sha256(read_checkpoint(temporary).state_dict) != weights_sha256(state_dict):
             raise UserError(f'{path} was not written: what was read back differs. Is the disk sound?')
 
 

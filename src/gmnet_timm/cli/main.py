@@ -100,7 +100,8 @@ def _run_info(args: argparse.Namespace) -> None:
     """Print sizes, multiply-adds, provenance and weights of a model, or what a checkpoint file holds."""
     from timm.models import is_model, list_models
 
-    from gmnet_timm.checkpoint.architecture import infer_architecture, read_state_dict
+    from gmnet_timm.checkpoint.architecture import infer_architecture
+    from gmnet_timm.checkpoint.reading import read_checkpoint
     from gmnet_timm.info import PAPER, format_model, format_table, model_info
 
     if args.model is None:
@@ -108,7 +109,7 @@ def _run_info(args: argparse.Namespace) -> None:
     elif is_model(args.model):
         print(format_model(model_info(args.model)))
     elif os.path.exists(args.model):
-        print(infer_architecture(read_state_dict(args.model)).describe())
+        print(infer_architecture(read_checkpoint(args.model).state_dict).describe())
     else:
         raise UserError(
             f'{args.model} is neither a model nor a checkpoint file. Models: {", ".join(list_models("gmnet*"))}.')
@@ -258,11 +259,12 @@ def _run_convert(args: argparse.Namespace) -> None:
     import torch
 
     from gmnet_timm.checkpoint.convert import convert
-    from gmnet_timm.checkpoint.integrity import protection, weights_sha256
+    from gmnet_timm.checkpoint.integrity import weights_sha256
+    from gmnet_timm.checkpoint.reading import read_checkpoint
 
     dtype = getattr(torch, args.dtype) if args.dtype else None
     state_dict = convert(args.source, args.target, dtype=dtype, use_ema=args.use_ema, force=args.force)
-    checked = protection(args.source)
+    checked = read_checkpoint(args.source).protection
     print(
         f'{args.target}: {len(state_dict)} tensors from {args.source}, '
         f'{f"checked against its {checked}" if checked else "which has no checksum, so a flipped bit goes unnoticed"}')

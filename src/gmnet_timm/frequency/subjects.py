@@ -9,7 +9,8 @@ import yaml
 from timm.data import resolve_data_config
 from torch import nn
 
-from gmnet_timm.checkpoint.architecture import infer_architecture, read_state_dict
+from gmnet_timm.checkpoint.architecture import infer_architecture
+from gmnet_timm.checkpoint.reading import read_checkpoint
 from gmnet_timm.errors import UserError
 
 __all__ = ['Subject', 'load_subject', 'read_run_args', 'run_checkpoints']
@@ -83,7 +84,7 @@ def run_checkpoints(run: Path) -> Dict[int, Path]:
 
 
 def _from_checkpoint(path: Path, args: Dict[str, Any], use_ema: bool, data_args: Dict[str, Any]) -> Subject:
-    state_dict = read_state_dict(path, use_ema=use_ema)
+    state_dict = read_checkpoint(path, use_ema=use_ema).state_dict
     if args:
         model_args = _head_and_stem(args['model'], state_dict)
         model_args.update(args.get('model_kwargs') or {})

@@ -18,9 +18,10 @@ from huggingface_hub.utils import RevisionNotFoundError
 from timm.models._hub import hf_split, load_model_config_from_path, save_config_for_hf
 
 from gmnet_timm import __version__
-from gmnet_timm.checkpoint.architecture import Architecture, infer_architecture, load_model, read_state_dict
+from gmnet_timm.checkpoint.architecture import Architecture, infer_architecture, load_model
 from gmnet_timm.checkpoint.convert import save_weights
-from gmnet_timm.checkpoint.integrity import recorded_sha256
+from gmnet_timm.checkpoint.integrity import SHA256_KEY
+from gmnet_timm.checkpoint.reading import read_checkpoint
 from gmnet_timm.errors import UserError
 from gmnet_timm.publishing.model_card import TAGS, model_card
 from gmnet_timm.publishing.source import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME, Source
@@ -319,17 +320,16 @@ def _finding(verify: Callable[[Path], Check], folder: Path) -> Check:
 
 
 def _verify_weights(folder: Path) -> Check:
-    state_dict = read_state_dict(folder / WEIGHTS_NAME)
-    architecture = infer_architecture(state_dict)
-    recorded = recorded_sha256(folder / WEIGHTS_NAME)
-    what = f'{len(state_dict)} tensors, {architecture.describe()}'
+    checkpoint = read_checkpoint(folder / WEIGHTS_NAME)
+    recorded = checkpoint.metadata.get(SHA256_KEY)
+    what = f'{len(checkpoint.state_dict)} tensors, {infer_architecture(checkpoint.state_dict).describe()}'
     if recorded is None:
         return Check('weights', None, f'{what}; no SHA-256 is recorded, so a flipped bit would go unnoticed')
     return Check('weights', True, f'{what}; SHA-256 {recorded} as recorded')
 
 
 def _verify_config(folder: Path) -> Check:
-    architecture = infer_architecture(read_state_dict(folder / WEIGHTS_NAME))
+    architecture = infer_architecture(read_checkpoint(folder / WEIGHTS_NAME).state_dict)
     cfg, name, args = load_model_config_from_path(folder)
     described = Architecture.from_config(name, {**args, 'num_classes': cfg['num_classes']})
     if described != architecture:

@@ -10,14 +10,8 @@ import yaml
 from timm.data import ImageNetInfo, create_dataset, resolve_data_config
 
 from gmnet_timm import gmnet
-from gmnet_timm.checkpoint.architecture import (
-    Architecture,
-    CheckpointError,
-    infer_architecture,
-    read_checkpoint_entries,
-    read_state_dict,
-    require_ema,
-)
+from gmnet_timm.checkpoint.architecture import Architecture, infer_architecture
+from gmnet_timm.checkpoint.reading import CheckpointError, read_checkpoint
 from gmnet_timm.errors import UserError
 
 __all__ = ['Metric', 'Source', 'read_source']
@@ -87,17 +81,17 @@ def read_source(
     """
     path = Path(str(path)[len('local-dir:'):] if str(path).startswith('local-dir:') else path)
     weights_path = _find_weights(path, checkpoint)
-    state_dict = read_state_dict(weights_path, use_ema=use_ema)
-    if use_ema:
-        require_ema(weights_path)
+    read = read_checkpoint(weights_path, use_ema=use_ema)
+    state_dict = read.state_dict
+    if use_ema and not read.ema:
+        raise CheckpointError(f'{weights_path} has no averaged (EMA) weights.')
     architecture = infer_architecture(state_dict)
     if not architecture.num_classes:
         raise CheckpointError(f'{weights_path} has no classifier: there is nothing to classify images with.')
 
     notes: List[str] = []
     config = _read_config(path, architecture)
-    entries = read_checkpoint_entries(weights_path)
-    recipe = _read_recipe(path, entries)
+    recipe = _read_recipe(path, read.args)
     found = {**config.get('pretrained_cfg', {}), **{key: recipe[key] for key in _PREPROCESSING if recipe.get(key)}}
     if not config and not recipe and not preprocessing:
         notes.append("The preprocessing is the published models', it was not recorded with these weights.")
@@ -112,7 +106,7 @@ def read_source(
         architecture=architecture,
         data_config=_resolve_preprocessing({**found, **(preprocessing or {})}, architecture),
         label_names=_check_labels(label_names, architecture),
-        metrics=_collect_metrics(path, entries, recipe, use_ema, metrics or {}, results_file, notes),
+        metrics=_collect_metrics(path, read.metadata, recipe, use_ema, metrics or {}, results_file, notes),
         recipe=recipe,
         use_ema=use_ema,
         notes=notes,
@@ -151,11 +145,11 @@ def _read_config(path: Path, architecture: Architecture) -> Dict[str, Any]:
     return config
 
 
-def _read_recipe(path: Path, entries: Dict[str, Any]) -> Dict[str, Any]:
+def _read_recipe(path: Path, own_args: Dict[str, Any]) -> Dict[str, Any]:
     """Arguments of train.py: from args.yaml of the output folder, else from the checkpoint itself."""
     file = path / 'args.yaml'
     if not file.is_file():
-        return dict(getattr(entries.get('args'), '__dict__', {}))
+        return own_args
     try:
         recipe = yaml.safe_load(_read_text(file))
     except yaml.YAMLError as e:

@@ -10,7 +10,8 @@ from typing import Any, Dict, List, Optional, Tuple, TypeGuard, Union
 
 import yaml
 
-from gmnet_timm.checkpoint.architecture import infer_architecture, read_checkpoint_entries, read_state_dict
+from gmnet_timm.checkpoint.architecture import infer_architecture
+from gmnet_timm.checkpoint.reading import holds_ema, read_checkpoint, read_metadata
 from gmnet_timm.errors import MissingExtraError, UserError
 from gmnet_timm.files import replacing
 from gmnet_timm.training.recipe import RECIPES, Layout, load_recipe
@@ -258,19 +259,19 @@ def _parse_row(row: Dict[str, str]) -> Optional[Epoch]:
 
 def _read_checkpoint(path: Path, notes: List[str]) -> Optional[RunCheckpoint]:
     try:
-        content = read_checkpoint_entries(path)
-    except Exception as e:  # a damaged file can make the unpickler and the zip reader raise almost anything
+        metadata, ema = read_metadata(path), holds_ema(path)
+    except UserError as e:
         notes.append(f'{path.name} cannot be read and is no checkpoint to go on from: {_first_line(e)}')
         return None
-    if not isinstance(content.get('state_dict'), dict):
+    if 'epoch' not in metadata:
         notes.append(f'{path.name} is no checkpoint of train.py')
         return None
     return RunCheckpoint(
         path,
-        epoch=content.get('epoch'),
-        metric=content.get('metric'),
-        processes=getattr(content.get('args'), 'world_size', None),
-        ema='state_dict_ema' in content,
+        epoch=metadata['epoch'],
+        metric=metadata.get('metric'),
+        processes=getattr(metadata.get('args'), 'world_size', None),
+        ema=ema,
     )
 
 
@@ -338,7 +339,7 @@ def _describe_checkpoint(run: TrainingRun) -> str:
     ema = ', averaged weights' if best.ema else ''
     what = f'{best.path} (epoch {best.epoch}, {run.args.get("eval_metric", "top1")} {best.metric:.2f}{ema})'
     try:
-        return f'{what}, {infer_architecture(read_state_dict(best.path)).describe()}'
+        return f'{what}, {infer_architecture(read_checkpoint(best.path).state_dict).describe()}'
     except UserError as e:
         return f'not {what}: {e}'
 
