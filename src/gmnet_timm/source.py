@@ -25,9 +25,9 @@ from gmnet_timm.checkpoint.description import (
     is_model_name,
     near_names,
 )
-from gmnet_timm.checkpoint.integrity import recorded_sha256, weights_sha256
+from gmnet_timm.checkpoint.integrity import SHA256_KEY, weights_sha256
 from gmnet_timm.checkpoint.preprocessing import RUN_KEYS, resolve_preprocessing
-from gmnet_timm.checkpoint.reading import Checkpoint, CheckpointError, read_checkpoint
+from gmnet_timm.checkpoint.reading import Checkpoint, CheckpointError, read_checkpoint, read_metadata
 from gmnet_timm.errors import UserError
 from gmnet_timm.training.run import ARGS_NAME, read_args
 
@@ -342,7 +342,7 @@ def _check_hub_weights(spec: str, model: nn.Module) -> None:
     path = None
     with contextlib.suppress(OSError, ValueError):  # the repository has no such file
         path = hf_hub_download(repo_id, WEIGHTS_NAME, revision=revision)
-    recorded = recorded_sha256(path) if path is not None else None
+    recorded = read_metadata(path).get(SHA256_KEY) if path is not None else None
     if recorded is not None and recorded != weights_sha256(model.state_dict()):
         raise CheckpointError(
             f'{spec} is damaged: the weights that timm loaded do not have the SHA-256 that they record.')

@@ -162,7 +162,7 @@ def write_no_weights(path):
     (write_plain_pickle_with_code, 'run code'),
     (write_truncated, 'cannot be read'),
     (write_model_object, 'run code'),
-    (write_numbers, 'epoch, lr are no tensors'),
+    (write_numbers, 'epoch, lr are not tensors'),
     (write_list, 'cannot be read'),
     (write_no_weights, 'holds no weights'),
 ])

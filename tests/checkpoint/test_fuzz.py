@@ -18,8 +18,11 @@ import torch
 from safetensors.torch import save, save_file
 
 from gmnet_timm import GmNet
-from gmnet_timm.checkpoint.architecture import CheckpointError, infer_architecture, load_model, read_state_dict
-from gmnet_timm.checkpoint.convert import save_weights
+from gmnet_timm.checkpoint.architecture import infer_architecture
+from gmnet_timm.checkpoint.description import describe_tensors
+from gmnet_timm.checkpoint.reading import CheckpointError, read_checkpoint
+from gmnet_timm.checkpoint.writing import save_weights
+from gmnet_timm.source import read_source
 
 SUFFIXES = {'hashed': '.safetensors', 'plain': '.safetensors', 'zip': '.pth', 'legacy': '.pth'}
 CASES_PER_FORMAT = 600
@@ -53,7 +56,7 @@ def read(path):
     """The weights in a file, None if it was refused. Anything but a refusal or usable weights fails the test."""
     start = time.monotonic()
     try:
-        state_dict = read_state_dict(path)
+        state_dict = read_checkpoint(path).state_dict
         infer_architecture(state_dict)
     except CheckpointError as e:
         assert str(e)
@@ -66,7 +69,7 @@ def read(path):
 
 def refuse(path, *words):
     with pytest.raises(CheckpointError) as info:
-        load_model(path)
+        read_source(path)
     for word in words:
         assert word in str(info.value)
 
@@ -74,7 +77,7 @@ def refuse(path, *words):
 def original_file(kind: str, path: Path) -> bytes:
     state_dict = tiny_state_dict()
     if kind == 'hashed':
-        save_weights(state_dict, path)
+        save_weights(state_dict, path, describe_tensors(state_dict))
     elif kind == 'plain':
         save_file(state_dict, path)
     else:
@@ -231,7 +234,7 @@ def test_overlapping_zip_entries(tmp_path):
             info.header_offset, info.file_size, info.compress_size = 0, 1 << 16, 1 << 16
             info.CRC = file.filelist[0].CRC
             file.filelist.append(info)
-    refuse(path, 'more bytes than the file')
+    refuse(path, 'does not start where the one before it ends')
 
 
 @pytest.mark.parametrize('name, value, word', [
@@ -254,8 +257,8 @@ def test_overlapping_zip_entries(tmp_path):
     (f'stages.{"9" * 5000}.1.f1.conv.weight', torch.zeros(1), 'unexpected'),
     ('stages.0.999999.f1.conv.weight', torch.zeros(1), ''),
     ('stages.999999.0.0.conv.weight', torch.zeros(1), ''),
-    ('norm.weight', 'a string', 'no tensors'),
-    ('norm.weight', None, 'no tensors'),
+    ('norm.weight', 'a string', 'not tensors'),
+    ('norm.weight', None, 'not tensors'),
     (7, torch.zeros(1), ''),
     ((1, 2), torch.zeros(1), ''),
 ])

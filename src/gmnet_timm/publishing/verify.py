@@ -16,7 +16,7 @@ from gmnet_timm.checkpoint.description import (
     describe_metadata,
     describe_tensors,
 )
-from gmnet_timm.checkpoint.integrity import recorded_sha256, weights_sha256
+from gmnet_timm.checkpoint.integrity import SHA256_KEY, weights_sha256
 from gmnet_timm.checkpoint.preprocessing import resolve_preprocessing
 from gmnet_timm.checkpoint.reading import Checkpoint, read_checkpoint
 from gmnet_timm.errors import UserError
@@ -108,7 +108,7 @@ def _failed(name: str, error: Exception) -> Check:
 def _check_weights(weights: Checkpoint, recorded: ModelDescription | None) -> Check:
     description = recorded or describe_tensors(weights.state_dict)
     description.check_fits(weights.state_dict, f'the metadata of {WEIGHTS_NAME}' if recorded else WEIGHTS_NAME)
-    sha256 = recorded_sha256(weights.path)
+    sha256 = weights.metadata.get(SHA256_KEY)
     what = f'{len(weights.state_dict)} tensors, {description}'
     if sha256 is None:
         return Check('weights', None, f'{what}; no SHA-256 is recorded, so a flipped bit would go unnoticed')

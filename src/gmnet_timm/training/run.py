@@ -10,7 +10,7 @@ from typing import Any, Dict, List, Optional, Tuple, TypeGuard, Union
 
 import yaml
 
-from gmnet_timm.checkpoint.reading import read_metadata
+from gmnet_timm.checkpoint.reading import holds_ema, read_metadata
 from gmnet_timm.errors import MissingExtraError, UserError
 from gmnet_timm.files import replacing
 from gmnet_timm.training.recipe import RECIPES, Layout, load_recipe
@@ -283,19 +283,19 @@ def _parse_row(row: Dict[str, str]) -> Optional[Epoch]:
 
 def _read_checkpoint(path: Path, notes: List[str]) -> Optional[RunCheckpoint]:
     try:
-        content = read_metadata(path)
-    except Exception as e:  # a damaged file can make the unpickler and the zip reader raise almost anything
+        metadata, ema = read_metadata(path), holds_ema(path)
+    except UserError as e:
         notes.append(f'{path.name} cannot be read and is no checkpoint to go on from: {_first_line(e)}')
         return None
-    if not isinstance(content.get('state_dict'), dict):
+    if 'epoch' not in metadata:
         notes.append(f'{path.name} is no checkpoint of train.py')
         return None
     return RunCheckpoint(
         path,
-        epoch=content.get('epoch'),
-        metric=content.get('metric'),
-        processes=getattr(content.get('args'), 'world_size', None),
-        ema='state_dict_ema' in content,
+        epoch=metadata['epoch'],
+        metric=metadata.get('metric'),
+        processes=getattr(metadata.get('args'), 'world_size', None),
+        ema=ema,
     )
 
 
