@@ -20,6 +20,7 @@ TOKEN = 'hf_writer'  # of the user 'owner'
 READ_TOKEN = 'hf_reader'  # may look at everything and write nothing
 
 CUT = 'cut'  # close the connection after half of the request's body
+HANG = 'hang'  # never answer
 LOST = 'lost'  # do what was asked, then close the connection without an answer
 
 
@@ -38,6 +39,7 @@ class Fault:
     method: str
     pattern: str  # searched for in the path
     what: object  # a status, CUT or LOST
+    headers: Optional[Dict[str, str]] = None
     hits: int = 0
 
 
@@ -50,6 +52,7 @@ class HubServer:
         self.faults: List[Fault] = []
         self.requests: List[Tuple[str, str]] = []
         self.lock = threading.Lock()
+        self.closed = threading.Event()
         handler = type('Handler', (_Handler,), {'hub': self})
         self._server = ThreadingHTTPServer(('127.0.0.1', 0), handler)
         self._server.daemon_threads = True
@@ -60,13 +63,14 @@ class HubServer:
         return self
 
     def __exit__(self, *exc_info):
+        self.closed.set()
         self._server.shutdown()
         self._server.server_close()
 
     @contextlib.contextmanager
-    def fault(self, method: str, pattern: str, what: object):
+    def fault(self, method: str, pattern: str, what: object, headers: Optional[Dict[str, str]] = None):
         """Every request with this method whose path has `pattern` in it fails within the block."""
-        fault = Fault(method, pattern, what)
+        fault = Fault(method, pattern, what, headers)
         self.faults.append(fault)
         try:
             yield fault
@@ -130,8 +134,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self._hang_up()
         chunked = self.headers.get('Transfer-Encoding') == 'chunked'
         self.body = self._read_chunks() if chunked else self.rfile.read(length)
+        if fault is not None and fault.what == HANG:
+            self.hub.closed.wait()
+            return self._hang_up()
         if fault is not None and not self.lost:
-            return self._json(fault.what, {'error': f'injected {fault.what}', 'url': f'{self.hub.url}/owner/tiny'})
+            return self._json(fault.what, {'error': f'injected {fault.what}', 'url': f'{self.hub.url}/owner/tiny'},
+                              fault.headers)
         for pattern, handle in routes:
             match = re.fullmatch(pattern, url.path)
             if match:

@@ -12,6 +12,11 @@ class MissingExtraError(UserError, ImportError):
         super().__init__(f"{package} is not installed. Install it with: pip install 'gmnet-timm[{extra}]'")
 
 
+def printable(text: str) -> str:
+    """Text for a terminal: line breaks and control characters, with which a file could forge output, as escapes."""
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+
+
 def listed(keys: list[str], most: int = 5) -> str:
     """The first keys of a list for a message, and how many more there are."""
     more = f' and {len(keys) - most} more' if len(keys) > most else ''

@@ -9,7 +9,7 @@ import sys
 
 from gmnet_timm import __version__
 from gmnet_timm.cli import demo, frequency, models, publishing, training
-from gmnet_timm.errors import UserError
+from gmnet_timm.errors import UserError, printable
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.flush()
         return status
     except UserError as e:
-        print(f'error: {e}', file=sys.stderr)
+        print(f'error: {printable(str(e))}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)

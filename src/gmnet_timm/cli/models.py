@@ -3,7 +3,7 @@ import argparse
 from pathlib import Path
 
 from gmnet_timm.cli.options import SOURCES, add_description, description, print_notes
-from gmnet_timm.errors import UserError
+from gmnet_timm.errors import UserError, printable
 
 
 def add_commands(commands) -> None:
@@ -33,7 +33,7 @@ def _run_info(args: argparse.Namespace) -> None:
         print(format_table([model_info(name) for name in PAPER]))
     elif Path(args.model.partition('=')[2] or args.model.removeprefix('local-dir:')).exists():
         source = read_source(args.model, **description(args))
-        print(format_source(source))
+        print('\n'.join(map(printable, format_source(source).splitlines())))
         print_notes(source.notes)
     elif is_model_name(args.model):
         print(format_model(model_info(args.model)))

@@ -3,7 +3,7 @@ import argparse
 import sys
 from typing import Any
 
-from gmnet_timm.errors import UserError
+from gmnet_timm.errors import UserError, printable
 
 PREPROCESSING = ('img_size', 'crop_pct', 'interpolation', 'mean', 'std')
 SOURCES = "checkpoint file, output folder of train.py, folder with config.json, or NAME=FILE for timm's model NAME"
@@ -66,4 +66,4 @@ def parse_model_kwargs(words: list[str]) -> dict[str, Any]:
 def print_notes(notes: tuple[str, ...]) -> None:
     """What was chosen or assumed, on standard error."""
     for note in notes:
-        print(f'note: {note}', file=sys.stderr)
+        print(f'note: {printable(note)}', file=sys.stderr)

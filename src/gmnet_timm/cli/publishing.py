@@ -10,7 +10,7 @@ from gmnet_timm.cli.options import (
     preprocessing,
     print_notes,
 )
-from gmnet_timm.errors import UserError
+from gmnet_timm.errors import UserError, printable
 
 
 def add_commands(commands) -> None:
@@ -49,7 +49,7 @@ def _add_push(commands) -> None:
     parser.add_argument('--private', action='store_true', default=None, help='make a new repository private')
     parser.add_argument('--revision', help='branch to commit to, created if it does not exist (default: main)')
     parser.add_argument('--message', help='summary of the commit')
-    parser.add_argument('--token', help='access token (default: HF_TOKEN, or that of `hf auth login`)')
+    _add_hub(parser)
     parser.set_defaults(run=_run_push)
 
 
@@ -67,7 +67,7 @@ def _run_push(args: argparse.Namespace) -> None:
         return
     published = push(
         _publication(args), args.repo_id, private=args.private, revision=args.revision, create_pr=args.create_pr,
-        message=args.message, token=args.token, **_choices(args))
+        message=args.message, token=args.token, timeout=args.timeout, **_choices(args))
     for name, sha256 in published.sha256.items():
         print(f'{name:<18} sha256 {sha256}')
     if published.card_kept:
@@ -80,7 +80,7 @@ def _add_verify(commands) -> None:
     parser = commands.add_parser(
         'verify', help='check a published repository or a folder', description=_run_verify.__doc__)
     parser.add_argument('name', help='owner/name[@revision] on the Hub, or a folder')
-    parser.add_argument('--token', help='access token (default: HF_TOKEN, or that of `hf auth login`)')
+    _add_hub(parser)
     parser.set_defaults(run=_run_verify)
 
 
@@ -88,9 +88,10 @@ def _run_verify(args: argparse.Namespace) -> int:
     """Check weights, configuration, card and logits. The exit status is 1 if a check fails."""
     from gmnet_timm.publishing.verify import verify
 
-    checks = verify(args.name, token=args.token)
+    checks = verify(args.name, token=args.token, timeout=args.timeout)
     for check in checks:
-        print(f'{ {True: "ok", False: "FAILED", None: "note"}[check.ok]:<7} {check.name + ":":<10} {check.detail}')
+        verdict = {True: 'ok', False: 'FAILED', None: 'note'}[check.ok]
+        print(f'{verdict:<7} {check.name + ":":<10} {printable(check.detail)}')
     return int(any(check.ok is False for check in checks))
 
 
@@ -108,6 +109,12 @@ def _add_publication(parser: argparse.ArgumentParser, target: str, help: str) ->
         '--train-dataset', action='append', default=[], metavar='ID', help='training data, an id on the Hub')
     parser.add_argument('--license', help='licence of the weights (default: that of the source, else apache-2.0)')
     parser.add_argument('--overwrite-card', action='store_true', help='write a new model card even where there is one')
+
+
+def _add_hub(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('--token', help='access token (default: HF_TOKEN, or that of `hf auth login`)')
+    parser.add_argument(
+        '--timeout', type=float, default=120., metavar='S', help='seconds to wait for an answer (default: 120)')
 
 
 def _publication(args: argparse.Namespace):

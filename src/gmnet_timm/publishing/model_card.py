@@ -1,16 +1,22 @@
 """The model card of a published repository: only what is known, and where it is known from."""
+import html
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from gmnet_timm.checkpoint.description import ModelDescription
+from gmnet_timm.errors import printable
 from gmnet_timm.info import BIBTEX, PAPER, count_macs
 from gmnet_timm.publishing.publication import Metric, Publication
 
 __all__ = ['model_card']
 
 TAGS = ['image-classification', 'timm', 'transformers', 'gmnet']
+
+_MARKUP = re.compile(r'[\\`*_\[\]|~]')  # < and > become entities
+_MAX_TEXT = 500  # characters of a name or value
 
 _METRIC_TITLES = {'top1': 'Top-1 accuracy (%)', 'top5': 'Top-5 accuracy (%)'}
 
@@ -60,7 +66,7 @@ def model_card(
     if not publication.metrics:
         data.model_name = None  # it would only name an empty model-index
     sections = [
-        f'# {name}\n\n{_description(publication)}',
+        f'# {_text(name)}\n\n{_description(publication)}',
         f'## Model\n\n{_facts(publication)}',
         f'## Use\n\n{_usage(model_id, publication.source.data_config["input_size"])}',
         f'## Evaluation\n\n{_evaluation(publication, train_datasets)}',
@@ -129,7 +135,7 @@ import timm
 import torch
 from PIL import Image
 
-model = timm.create_model('{model_id}', pretrained=True).eval()
+model = timm.create_model({model_id!r}, pretrained=True).eval()
 {_usage_input(input_size)}
 with torch.no_grad():
     probabilities = model(images).softmax(-1)
@@ -142,7 +148,7 @@ print(probabilities.topk(min(5, model.num_classes)))
 from PIL import Image
 from transformers import pipeline
 
-classify = pipeline('image-classification', model='{model_id.split(':', 1)[1]}')
+classify = pipeline('image-classification', model={model_id.split(':', 1)[1]!r})
 print(classify(Image.new('RGB', (320, 240))))
 ```''')
     return '\n\n'.join(sections)
@@ -161,13 +167,13 @@ def _evaluation(publication: Publication, train_datasets: Sequence[str]) -> str:
     if not publication.metrics:
         return 'No accuracy of these weights is recorded.'
     dataset = _dataset(publication.recipe, train_datasets)
-    rows = {_METRIC_TITLES[metric.name]: f'{metric.value:g} | {metric.source}' for metric in publication.metrics}
-    return f'On {dataset["dataset_name"]}:\n\n' + _table(('', 'value | from'), rows)
+    rows = {_METRIC_TITLES[metric.name]: f'{metric.value:g} | {_text(metric.source)}' for metric in publication.metrics}
+    return f'On {_text(dataset["dataset_name"])}:\n\n' + _table(('', 'value | from'), rows)
 
 
 def _training(publication: Publication, train_datasets: Sequence[str]) -> str:
-    trained_on = f'Trained on {", ".join(train_datasets)}.' if train_datasets else 'The training data are not stated.'
-    recipe = {key: f'`{publication.recipe[key]}`' for key in _RECIPE if _is_effective(key, publication.recipe)}
+    trained_on = f'Trained on {", ".join(map(_text, train_datasets))}.' if train_datasets else 'The training data are not stated.'
+    recipe = {key: _text(publication.recipe[key]) for key in _RECIPE if _is_effective(key, publication.recipe)}
     if not recipe:
         return f'{trained_on} The recipe is not recorded with the weights.'
     return f"{trained_on} With timm's train.py and these arguments:\n\n" + _table(('argument', 'value'), recipe)
@@ -187,7 +193,7 @@ def _limits(publication: Publication) -> str:
         'Nothing here says how the model does on images unlike those it was evaluated on.',
         'It can be no fairer than its training data, and has not been examined for bias by gmnet-timm.',
         'Any height and width of at least 32 pixels work, but accuracies hold for the input size above.',
-        *publication.notes,
+        *map(_text, publication.notes),
     ]
     if publication.source.description.full_args['in_chans'] != 3:
         limits.append('transformers gives models three channels, so its pipeline does not take this one: use timm.')
@@ -225,6 +231,12 @@ def _table(header: Sequence[str], rows: dict[str, str]) -> str:
     columns = ' | '.join(header).count('|') + 1
     lines: list[str] = [f'| {" | ".join(header)} |', '|---' * columns + '|']
     return '\n'.join(lines + [f'| {key} | {value} |' for key, value in rows.items()])
+
+
+def _text(value: Any) -> str:
+    """Text from elsewhere as one line of Markdown that shows it and nothing else, whatever is in it."""
+    line = printable(' '.join(str(value).split()))
+    return _MARKUP.sub(r'\\\g<0>', html.escape(line[:_MAX_TEXT], quote=False))
 
 
 def _numbers(values: Sequence[float]) -> str:

@@ -1,5 +1,6 @@
 """Publishing on the Hugging Face Hub as one commit, and reading that commit back."""
 import dataclasses
+import functools
 import hashlib
 import tempfile
 from collections.abc import Sequence
@@ -14,9 +15,12 @@ from gmnet_timm.errors import UserError
 from gmnet_timm.publishing.folder import save_folder
 from gmnet_timm.publishing.proof import Proof
 from gmnet_timm.publishing.publication import Publication
-from gmnet_timm.publishing.requests import explaining
+from gmnet_timm.publishing.requests import explaining, within
 
 __all__ = ['Published', 'file_sha256', 'push']
+
+
+UPLOAD_RATE = 100_000  # bytes per second that an upload is given time for
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +47,7 @@ def push(
         create_pr: bool = False,
         message: str | None = None,
         token: str | None = None,
+        timeout: float = 120.,
 ) -> Published:
     """Publish a model as one commit, and read that commit back.
 
@@ -58,6 +63,7 @@ def push(
         create_pr: Open a pull request instead of committing.
         message: Summary of the commit.
         token: Access token, by default the one huggingface_hub finds.
+        timeout: Seconds that a request may take; an upload has a second more for each 100 kB.
 
     Raises:
         UserError: Anything failed; the message says what, and what state the repository is in.
@@ -66,28 +72,36 @@ def push(
     with tempfile.TemporaryDirectory() as parent:
         if '/' not in repo_id:
             with explaining('Cannot find out who you are, nothing was sent'):
-                repo_id = f'{api.whoami()["name"]}/{repo_id}'
+                repo_id = f'{within(timeout, api.whoami)["name"]}/{repo_id}'
         saved = save_folder(
             publication, Path(parent) / 'model', repo_id=repo_id, license=license, train_datasets=train_datasets,
             overwrite_card=overwrite_card, stated_preprocessing=stated_preprocessing)
         with explaining(f'Cannot prepare {repo_id}, none of the files was sent'):
-            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-            info = _info(api, repo_id, revision)
+            name = repo_id
+            repo_id = within(timeout, lambda: api.create_repo(name, private=private, exist_ok=True).repo_id)
+            info = within(timeout, lambda: _info(api, repo_id, revision))
         keep_card = not overwrite_card and any(file.rfilename == CARD_NAME for file in info.siblings or [])
         names = [WEIGHTS_NAME, CONFIG_NAME] + ([] if keep_card else [CARD_NAME])
+        files = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(saved.path / name)) for name in names]
         with explaining(
-                f'Cannot publish {repo_id}: no commit was confirmed, and an upload alone shows nowhere. '
+                f'Cannot publish {repo_id}: nothing was committed, and an upload alone shows nowhere. '
                 'The same command repeated completes it'):
-            commit = api.create_commit(
+            upload_timeout = timeout + sum((saved.path / name).stat().st_size for name in names) / UPLOAD_RATE
+            within(upload_timeout, lambda: api.preupload_lfs_files(
+                repo_id, files, revision=revision, create_pr=create_pr))
+        with explaining(
+                f'Cannot publish {repo_id}: no commit was confirmed. gmnet-timm verify {repo_id} says whether it was '
+                'made, and the same command repeated completes it'):
+            commit = within(timeout, lambda: api.create_commit(
                 repo_id,
-                [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(saved.path / name)) for name in names],
+                files,
                 commit_message=message or f'Upload {publication.source.description.size}',
                 revision=revision,
                 create_pr=create_pr,
                 parent_commit=None if create_pr else info.sha,
-            )
+            ))
         sha256 = {name: file_sha256(saved.path / name) for name in names}
-        _read_back(api, repo_id, commit, sha256)
+        _read_back(api, repo_id, commit, sha256, upload_timeout)
     return Published(repo_id, commit.oid, commit.pr_url or commit.commit_url, sha256, keep_card, saved.proof)
 
 
@@ -101,11 +115,12 @@ def _info(api: HfApi, repo_id: str, revision: str | None) -> ModelInfo:
         return api.model_info(repo_id, revision=revision)
 
 
-def _read_back(api: HfApi, repo_id: str, commit: CommitInfo, sha256: dict[str, str]) -> None:
+def _read_back(api: HfApi, repo_id: str, commit: CommitInfo, sha256: dict[str, str], timeout: float) -> None:
     what = f'{repo_id} got the commit {commit.oid}, but it could not be read back; try gmnet-timm verify {repo_id}'
     with tempfile.TemporaryDirectory() as cache, explaining(what):
         for name, expected in sha256.items():
-            path = api.hf_hub_download(repo_id, name, revision=commit.oid, cache_dir=cache)
+            path = within(timeout, functools.partial(
+                api.hf_hub_download, repo_id, name, revision=commit.oid, cache_dir=cache))
             if file_sha256(Path(path)) != expected:
                 raise UserError(
                     f'{repo_id} is damaged: {name} at commit {commit.oid} is not what was sent. Repeat the command.')

@@ -1,13 +1,17 @@
-"""Requests to the Hub whose failure says what state things are in."""
+"""Requests to the Hub that end, and whose failure says what state things are in."""
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
 from huggingface_hub.errors import HfHubHTTPError
 
 from gmnet_timm.errors import UserError
 
-__all__ = ['explaining']
+__all__ = ['explaining', 'within']
+
+T = TypeVar('T')
 
 # What huggingface_hub raises when a request fails, whichever HTTP library it uses: they share these ancestors.
 # It wraps failed uploads in RuntimeError, and takes broken answers for ValueError.
@@ -21,6 +25,33 @@ _ADVICE = {
     412: 'The repository was changed by somebody else meanwhile.',
     429: 'The server limits the rate of requests: try again later.',
 }
+
+
+def within(seconds: float, request: Callable[[], T]) -> T:
+    """The result of a request, which may not take longer.
+
+    huggingface_hub waits without end for an answer, and as long as a server asks for before it tries again. It has no
+    limit for either, so the request runs in a thread that is left behind.
+
+    Raises:
+        TimeoutError: It took longer. It may still succeed.
+    """
+    answers: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            answers.put((request(), None))
+        except BaseException as e:
+            answers.put((None, e))
+
+    threading.Thread(target=run, daemon=True).start()  # a daemon does not keep the process
+    try:
+        result, error = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f'no answer within {seconds:.0f} s (--timeout)') from None
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
 
 
 @contextlib.contextmanager

@@ -1,5 +1,6 @@
 """Is what is published whole, does it agree with itself, and what had to be assumed?"""
 import dataclasses
+import functools
 from pathlib import Path
 
 import timm
@@ -23,7 +24,7 @@ from gmnet_timm.errors import UserError
 from gmnet_timm.publishing.model_card import TAGS
 from gmnet_timm.publishing.proof import same_logits
 from gmnet_timm.publishing.push import file_sha256
-from gmnet_timm.publishing.requests import explaining
+from gmnet_timm.publishing.requests import explaining, within
 
 __all__ = ['Check', 'verify']
 
@@ -37,12 +38,13 @@ class Check:
     detail: str
 
 
-def verify(name: str, token: str | None = None) -> list[Check]:
+def verify(name: str, token: str | None = None, timeout: float = 120.) -> list[Check]:
     """Check a published repository or a folder.
 
     Args:
         name: `owner/name[@revision]` on the Hub, or a folder.
         token: Access token, by default the one huggingface_hub finds.
+        timeout: Seconds that a request may take; the download of a file may take ten times as long.
 
     Returns:
         One entry per check. The logits are not computed where weights or configuration are wrong.
@@ -51,7 +53,7 @@ def verify(name: str, token: str | None = None) -> list[Check]:
         UserError: There is nothing to check, or the Hub cannot be reached.
     """
     name = name.removeprefix('hf-hub:').removeprefix('local-dir:')
-    folder, checks = (Path(name), []) if Path(name).is_dir() else _download(name, token)
+    folder, checks = (Path(name), []) if Path(name).is_dir() else _download(name, token, timeout)
     if not (folder / WEIGHTS_NAME).is_file():
         raise UserError(f'{name} has no {WEIGHTS_NAME}.')
     weights, recorded = None, None
@@ -69,15 +71,16 @@ def verify(name: str, token: str | None = None) -> list[Check]:
     return [*checks, _finding('logits', _check_logits, folder, weights, recorded)]
 
 
-def _download(name: str, token: str | None) -> tuple[Path, list[Check]]:
+def _download(name: str, token: str | None, timeout: float) -> tuple[Path, list[Check]]:
     """The files of a published repository in a folder of the cache, and what the server says of them."""
     repo_id, revision = hf_split(name)
     api = HfApi(token=token, library_name='gmnet-timm', library_version=__version__)
     with explaining(f'Cannot read {name}'):
-        info = api.model_info(repo_id, revision=revision, files_metadata=True)
+        info = within(timeout, lambda: api.model_info(repo_id, revision=revision, files_metadata=True))
         files = {file.rfilename: file for file in info.siblings or []}
         paths = {
-            file: Path(hf_hub_download(repo_id, file, revision=info.sha, token=token))
+            file: Path(within(10 * timeout, functools.partial(
+                hf_hub_download, repo_id, file, revision=info.sha, token=token)))
             for file in (CONFIG_NAME, CARD_NAME, WEIGHTS_NAME) if file in files
         }
     if WEIGHTS_NAME not in paths:
