@@ -47,7 +47,8 @@ build: $(VENV)/bin/python
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/%.installed: pyproject.toml $(VENV)/bin/python
+# An editable installation holds a copy of the module that torch's entry point names.
+$(VENV)/%.installed: pyproject.toml src/gmnet_timm_autoload.py $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --editable '.[$*]' $(addprefix --constraint ,$(CONSTRAINTS))
 	touch $@
 

@@ -1,74 +1,149 @@
 """Registers the models of gmnet_timm with timm, without anybody importing gmnet_timm.
 
 torch calls `install` at the end of `import torch` (entry-point group `torch.backends`). It only leaves a hook behind,
-which imports gmnet_timm once `timm.models` has been imported. This is a module of its own because importing gmnet_timm
-here would import timm in the middle of `import torch`.
+which registers the models once `timm.models` has been imported. `import gmnet_timm` leaves the same hook behind.
 
-Set GMNET_TIMM_AUTOLOAD=0 to turn it off.
+This is a module of its own, because `import gmnet_timm` always registers the models. Set GMNET_TIMM_AUTOLOAD=0 to turn
+the entry point off.
 """
 import contextlib
-import importlib.util
+import functools
 import os
 import sys
+import types
 import warnings
-
-_TRIGGER = 'timm.models'
 
 
 def install() -> None:
-    """Arrange for gmnet_timm to be imported after timm.models. Never raises: `import torch` must not fail for it."""
+    """Arrange for the models to be registered with timm. Never raises: `import torch` must not fail for it."""
     try:
-        if os.environ.get('GMNET_TIMM_AUTOLOAD', '1') == '0':
-            return
-        if _TRIGGER in sys.modules:
-            _register()
-        elif not any(isinstance(finder, _TimmModelsFinder) for finder in sys.meta_path):
-            sys.meta_path.insert(0, _TimmModelsFinder())
+        if os.environ.get('GMNET_TIMM_AUTOLOAD', '1') != '0':
+            register_with_timm()
     except Exception as e:
-        _warn(e)
+        _report(e)
+
+
+def register_with_timm() -> None:
+    """Register the models: now if `timm.models` has been imported, otherwise as soon as it has been.
+
+    Raises:
+        Exception: Whatever importing the models now raises. What it raises later is reported, and not raised.
+    """
+    if not _timm_models_imported():
+        if not any(map(_is_ours, sys.meta_path)):
+            sys.meta_path.insert(0, _TimmModelsFinder())
+        if type(sys.modules.get('timm')) is types.ModuleType:
+            sys.modules['timm'].__class__ = _TimmModule
+        if not _timm_models_imported():  # another thread may have finished before the lines above
+            return
+    _import_models()
+    _remove_hooks()
+
+
+def _timm_models_imported():
+    return sys.modules.get('timm.models') is not None and not _being_imported('timm.models')
+
+
+def _being_imported(name):
+    return getattr(getattr(sys.modules.get(name), '__spec__', None), '_initializing', False)
 
 
 class _TimmModelsFinder:
-    """A one-shot meta path finder: finds `timm.models` as Python would, and registers the models once it has run."""
+    """A meta path finder. Finds `timm.models` as the finders after it do, and has the models registered after it.
 
-    def __init__(self):
-        self._searching = False
+    It also does that for our own modules, of which the first may import timm: the models wait for it, see `_register`.
+    """
 
     def find_spec(self, fullname, path=None, target=None):
-        if fullname != _TRIGGER or self._searching:
+        # Python calls this under its global import lock: whatever imports or waits in here hangs other threads.
+        finders = iter(list(sys.meta_path))
+        watched = fullname == 'timm.models' or fullname.startswith('gmnet_timm.')
+        if not watched or self not in finders:  # `in` advances to the finder after this one
             return None
-        self._searching = True
-        try:
-            spec = importlib.util.find_spec(fullname)
+        for finder in finders:
+            find_spec = getattr(finder, 'find_spec', None)
+            spec = find_spec(fullname, path, target) if find_spec else None
             if spec is not None:
-                self._call_after_exec(spec.loader)
-            return spec
+                return self._with_registration(spec)
+        return None
+
+    def _with_registration(self, spec):
+        try:
+            if spec.loader is not None:  # None: a folder without __init__.py
+                spec.loader = _Loader(spec)
         except Exception as e:
-            _warn(e)
-            return None  # the finders after this one import timm.models without us
-        finally:
-            self._searching = False
-
-    def _call_after_exec(self, loader):
-        # Shadowed on the instance, so that the module still gets timm's own loader, with all that it can do.
-        exec_module = loader.exec_module
-
-        def exec_and_register(module):
-            del loader.exec_module
-            exec_module(module)
-            sys.meta_path.remove(self)
-            _register()
-
-        loader.exec_module = exec_and_register
+            _report(e)
+        return spec
 
 
-def _register():
+class _Loader:
+    """Stands in for timm's own loader until the module is loaded. Then timm's loads it, and is left in place."""
+
+    _loader = None
+
+    def __init__(self, spec):
+        self._spec, self._loader = spec, spec.loader
+
+    def __getattr__(self, name):
+        attribute = getattr(self._loader, name)
+        if name in ('exec_module', 'load_module'):
+            return functools.partial(self._load, attribute)
+        return attribute
+
+    def _load(self, load, module):  # load_module gets the name of the module
+        self._spec.loader = self._loader
+        if getattr(module, '__loader__', None) is self:
+            module.__loader__ = self._loader
+        result = load(module)
+        if self._spec.name == 'timm.models' or _timm_models_imported():
+            _register(self._spec.name)
+        return result
+
+
+class _TimmModule(types.ModuleType):
+    """The module `timm`, for the case that another thread is importing `timm.models` and did not meet the finder."""
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        if name == 'models':  # Python sets it after the import
+            _register(name)
+
+
+def _register(loaded):
+    imported_by_user = 'gmnet_timm' in sys.modules
     try:
-        import gmnet_timm  # noqa: F401
+        _import_models()
     except Exception as e:
-        _warn(e)
+        others = (name for name in list(sys.modules) if name.startswith('gmnet_timm.') and name != loaded)
+        if any(map(_being_imported, others)):  # it waits for timm itself, and its _Loader tries again
+            return
+        _report(e, asked_for=imported_by_user)
+    _remove_hooks()
 
 
-def _warn(error):
-    with contextlib.suppress(Warning):  # `python -W error` must not turn this into a failed `import torch`
-        warnings.warn(f'gmnet_timm could not register its models with timm: {error!r}', stacklevel=2)
+def _import_models():
+    import gmnet_timm  # alone first: a thread that waits for it must not hold the locks of the others
+    import gmnet_timm.gated
+    import gmnet_timm.gmnet  # noqa: F401
+
+
+def _remove_hooks():
+    for finder in filter(_is_ours, list(sys.meta_path)):
+        with contextlib.suppress(ValueError):  # another thread has removed it
+            sys.meta_path.remove(finder)
+    if _is_ours(sys.modules.get('timm')):
+        sys.modules['timm'].__class__ = types.ModuleType
+
+
+def _is_ours(hook):
+    return type(hook).__module__ == __name__  # also after this module was reloaded, which makes new classes
+
+
+def _report(error, asked_for=False):
+    """Warn. Print what a filter must not hide because somebody imported gmnet_timm, or would turn into an error."""
+    with contextlib.suppress(Exception):
+        message = f'gmnet_timm could not register its models with timm: {error!r}'
+        if not asked_for:
+            with contextlib.suppress(Warning):
+                return warnings.warn(message, stacklevel=2)
+        print(f'warning: {message}', file=sys.stderr)

@@ -29,6 +29,14 @@ def test_version_is_the_same_everywhere():
     assert f'\nversion: {gmnet_timm.__version__}\n' in (ROOT / 'CITATION.cff').read_text()
 
 
+def test_importing_the_package_is_cheap():
+    """It imports neither timm nor torch, which take seconds, nor anything else of that size."""
+    code = "import gmnet_timm, sys; print(*sys.modules)"
+    modules = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout.split()
+    assert 'gmnet_timm' in modules and 'gmnet_timm.gmnet' not in modules
+    assert not {'torch', 'torchvision', 'timm', 'huggingface_hub', 'safetensors', 'numpy', 'yaml', 'PIL'} & {*modules}
+
+
 @pytest.fixture(scope='module')
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp('wheel')
@@ -64,3 +72,11 @@ def test_wheel_works_like_the_checkout(wheel, tmp_path):
     assert output.count(str(site)) == 2 and 'gmnet_s4' in output
     info = subprocess.run([venv / 'bin' / 'gmnet-timm', 'info'], capture_output=True, text=True, check=True)
     assert '17,061,460' in info.stdout
+
+    # What README.md says of an entry point whose module is gone
+    (site / 'gmnet_timm_autoload.py').unlink()
+    import_torch = [python, '-c', 'import torch']
+    failed = subprocess.run(import_torch, capture_output=True, text=True)
+    assert 'RuntimeError: Failed to load the backend extension: gmnet_timm.' in failed.stderr
+    subprocess.run([python, '-m', 'pip', 'uninstall', '--quiet', '--yes', 'gmnet-timm'], check=True)
+    subprocess.run(import_torch, check=True)

@@ -1,15 +1,22 @@
 """The models are there whenever timm is, in processes that never import gmnet_timm themselves."""
 import json
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import timm
 import torch
 from conftest import SIZES, create
 from timm.models import get_pretrained_cfg, save_for_hf
+
+import gmnet_timm
+
+ROOT = Path(__file__).parent.parent
+OFF = {'GMNET_TIMM_AUTOLOAD': '0'}
 
 
 def run(code, *python_args, env=None, command=None):
@@ -43,9 +50,76 @@ def test_no_import_is_needed_in_any_order(imports):
 
 
 def test_autoload_can_be_turned_off():
-    off = {'GMNET_TIMM_AUTOLOAD': '0'}
-    assert run("import timm; print(timm.list_models('gmnet*'))", env=off) == '[]'
-    assert run(f'import gmnet_timm, timm; {CREATE}', env=off) == str(list(SIZES))
+    """timm then says what README.md and docs/training.md quote, with the remedy that is tested here."""
+    output = run('''
+        import timm
+        assert timm.list_models('gmnet*') == []
+        try:
+            timm.create_model('gmnet_s3')
+        except RuntimeError as e:
+            print(e)
+        import gmnet_timm
+        print(len(timm.list_models('gmnet*')))
+    ''', env=OFF)
+    assert output.splitlines() == ['Unknown model (gmnet_s3)', '4']
+    assert run(f'import gmnet_timm, timm; {CREATE}', env=OFF) == str(list(SIZES))
+    for document in ('README.md', 'docs/training.md'):
+        assert '`Unknown model (gmnet_s3)`' in (ROOT / document).read_text()
+
+
+def test_leftover_entry_point(tmp_path):
+    """Its module is gone. torch says what README.md and docs/training.md quote; both remedies help."""
+    metadata = tmp_path / 'gmnet_timm-0.1.0.dist-info'
+    metadata.mkdir()
+    (metadata / 'METADATA').write_text('Metadata-Version: 2.1\nName: gmnet-timm\nVersion: 0.1.0\n')
+    (metadata / 'entry_points.txt').write_text('[torch.backends]\ngmnet_timm = gmnet_timm_gone:install\n')
+    import_torch = [sys.executable, '-c', 'import torch; print(torch.__version__)']
+    env = {**os.environ, 'PYTHONPATH': str(tmp_path)}
+
+    failed = subprocess.run(import_torch, env=env, capture_output=True, text=True, timeout=120)
+    message = 'Failed to load the backend extension: gmnet_timm'
+    assert failed.returncode == 1 and f'RuntimeError: {message}' in failed.stderr
+    for document in ('README.md', 'docs/training.md'):
+        text = (ROOT / document).read_text()
+        assert f'`{message}`' in text
+        assert '`TORCH_DEVICE_BACKEND_AUTOLOAD=0`' in text and '`pip uninstall gmnet-timm`' in text
+    assert run('', command=import_torch, env={**env, 'TORCH_DEVICE_BACKEND_AUTOLOAD': '0'}) == torch.__version__
+    metadata.rename(tmp_path / 'removed')  # what `pip uninstall` does, see test_package.py
+    assert run('', command=import_torch, env=env) == torch.__version__
+
+
+def test_public_names():
+    names = {}
+    exec('from gmnet_timm import *', names)
+    public = {*gmnet_timm.__all__}
+    assert public == names.keys() - {'__builtins__'} and public <= {*dir(gmnet_timm)}
+    assert gmnet_timm.GmNet is gmnet_timm.gmnet.GmNet is names['GmNet']
+    for name in gmnet_timm.__all__:
+        assert pickle.loads(pickle.dumps(names[name])) is names[name]
+    with pytest.raises(AttributeError, match="'gmnet_timm' has no attribute 'gmnet_s5'"):
+        gmnet_timm.gmnet_s5  # noqa: B018
+    with pytest.raises(ImportError, match='gmnet_s5'):
+        exec('from gmnet_timm import gmnet_s5')
+
+
+def test_pickled_model_in_a_process_that_imports_nothing(tmp_path):
+    model = create('gmnet_s1', num_classes=3)
+    (tmp_path / 'model').write_bytes(pickle.dumps(model))
+    output = run(f'''
+        import pickle
+        model = pickle.load(open({str(tmp_path / 'model')!r}, 'rb'))
+        import timm, torch
+        assert timm.is_model('gmnet_s1') and timm.is_model('resnet18_ewp')
+        print(model(torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)).sum().item())
+    ''', env=OFF)
+    expected = model(torch.linspace(-1, 1, 3 * 32 * 32).view(1, 3, 32, 32)).sum().item()
+    assert float(output) == pytest.approx(expected, rel=1e-5)
+
+
+def test_pytest_plugin(tmp_path):
+    (tmp_path / 'test_model.py').write_text("import timm\ndef test(): timm.create_model('gmnet_s1')\n")
+    command = [sys.executable, '-m', 'pytest', '-q', '-p', 'gmnet_timm', '-p', 'no:cacheprovider', str(tmp_path)]
+    assert '1 passed' in run('', command=command, env=OFF)
 
 
 def test_import_torch_stays_as_it_was():
@@ -102,7 +176,7 @@ def test_a_failed_import_of_timm_models_can_be_repeated():
 
 
 @pytest.mark.parametrize('python_args', [(), ('-W', 'error')])
-def test_a_broken_plugin_is_a_warning(tmp_path, python_args):
+def test_a_broken_plugin_is_seen_and_breaks_nothing(tmp_path, python_args):
     (tmp_path / 'gmnet_timm').mkdir()
     (tmp_path / 'gmnet_timm' / '__init__.py').write_text('raise RuntimeError("broken on purpose")')
     output = run('''
@@ -110,9 +184,9 @@ def test_a_broken_plugin_is_a_warning(tmp_path, python_args):
         warnings.filterwarnings('ignore', category=DeprecationWarning)  # torch's own
         import torch, timm
         print(timm.is_model('resnet18'))
-    ''', *python_args, env={'PYTHONPATH': str(tmp_path)})
+    ''', *python_args, env={'PYTHONPATH': os.pathsep.join([str(tmp_path), str(ROOT / 'src')])})
     assert 'True' in output.splitlines()
-    assert ('broken on purpose' in output) == (not python_args)
+    assert output.count("could not register its models with timm: RuntimeError('broken on purpose')") == 1
 
 
 def test_spawned_workers(tmp_path):
@@ -155,7 +229,7 @@ def test_models_that_timm_ships_stay():
         timm.models.register_model(module.gmnet_s2)
         import gmnet_timm
         print(timm.create_model.__module__, timm.models.model_entrypoint('gmnet_s1')(), timm.is_model('gmnet_s3'))
-    ''', env={'GMNET_TIMM_AUTOLOAD': '0'})
+    ''', env=OFF)
     assert output.count('timm ships gmnet_s1 itself') == 1 and 'Overwriting' not in output
     assert output.endswith("timm's own True")
 
