@@ -62,8 +62,12 @@ def test_wheel_works_like_the_checkout(wheel, tmp_path):
     python = venv / 'bin' / 'python'
     subprocess.run([python, '-m', 'pip', 'install', '--quiet', '--no-deps', '--no-index', wheel], check=True)
     site = next(venv.glob('lib/python*/site-packages'))
-    # a path in a .pth file is searched for modules, its own .pth files (the editable checkout's) are not read
-    (site / 'dependencies.pth').write_text(sysconfig.get_path('purelib'))
+    dependencies = tmp_path / 'dependencies'
+    dependencies.mkdir()
+    for path in Path(sysconfig.get_path('purelib')).iterdir():
+        if 'gmnet_timm' not in path.name:  # the checkout, and the entry point that names it
+            (dependencies / path.name).symlink_to(path)
+    (site / 'dependencies.pth').write_text(str(dependencies))
     code = (
         "import timm; model = timm.create_model('gmnet_s1'); import gmnet_timm, gmnet_timm_autoload; "
         "print(gmnet_timm.__file__, gmnet_timm_autoload.__file__, timm.list_models('gmnet*'))"
