@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -125,7 +126,8 @@ def fuzz_runs(folder, model, count, seed):
         text = yaml.safe_dump(changed)
         if i % 10 == 0:
             text = rng.choice([
-                '[' * 3000, '&a [*a]', laughs, '!!python/object/apply:os.system ["touch canary"]', 'model: ' + 'x' * 100_000, text[:40], '\x00'])
+                '[' * 3000, '&a [*a]', laughs, '!!python/object/apply:os.system ["touch canary"]',
+                'model: ' + 'x' * 100_000, text[:40], '\x00'])
         (run_dir / 'args.yaml').write_text(text)
         top1 = rng.choice(['10', 'nan', '', 'inf', 'x' * 200_000, '1e400'])
         rows = header + ''.join(f'{epoch},1,1,{top1},50,.1\n' for epoch in range(3))
@@ -194,6 +196,6 @@ def test_card_cannot_be_broken_out_of(model, tmp_path):
     assert main(['save', str(tmp_path / 'x.pth.tar'), str(tmp_path / 'a`b<i>'), '--train-dataset', attack]) == 0
     body = (tmp_path / 'a`b<i>' / 'README.md').read_text().split('---', 2)[2]
     assert '<script' not in body and '<i>' not in body.split('```')[0]
-    assert '\n# Heading' not in body and '](javascript' not in body
+    assert '\n# Heading' not in body and not re.search(r'(?<!\\)\]\(javascript', body)
     row = next(line for line in body.splitlines() if line.startswith('| opt |'))
     assert row.replace('\\|', '').count('|') == 3

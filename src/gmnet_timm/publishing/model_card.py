@@ -172,7 +172,9 @@ def _evaluation(publication: Publication, train_datasets: Sequence[str]) -> str:
 
 
 def _training(publication: Publication, train_datasets: Sequence[str]) -> str:
-    trained_on = f'Trained on {", ".join(map(_text, train_datasets))}.' if train_datasets else 'The training data are not stated.'
+    trained_on = 'The training data are not stated.'
+    if train_datasets:
+        trained_on = f'Trained on {", ".join(map(_text, train_datasets))}.'
     recipe = {key: _text(publication.recipe[key]) for key in _RECIPE if _is_effective(key, publication.recipe)}
     if not recipe:
         return f'{trained_on} The recipe is not recorded with the weights.'

@@ -44,8 +44,11 @@ def prove_folder(source: Source, folder: Path, stated: bool) -> Proof:
     Raises:
         UserError: The two differ.
     """
-    original, what = _original(source)
-    loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    try:
+        original, what = _original(source)
+        loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    except (AssertionError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as e:
+        raise UserError(f'timm cannot load the model: {" ".join(str(e).split())[:300]}') from e
     if not same_logits(original, loaded):
         raise UserError(
             f'What timm loads back from the files does not compute the logits of {what}. Nothing was published.')
