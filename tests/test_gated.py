@@ -1,12 +1,13 @@
 import argparse
 import copy
+import re
 
 import pytest
 import timm
 import timm.utils
 import torch
 import torch.nn.functional as F
-from conftest import randomize
+from conftest import randomize, relative_error
 from timm.utils import reparameterize_model
 
 from gmnet_timm.checkpoint.architecture import infer_architecture, load_model
@@ -30,55 +31,233 @@ def test_weights_of_the_original_load(base, gate):
     assert gated.pretrained_cfg['architecture'] == f'{base}_{gate}'
 
 
-def _resnet18_by_hand(model, gate, x):
-    """The variant written out from its definition, with the weights of timm's original."""
-    x = model.maxpool(F.relu(model.bn1(model.conv1(x))))
-    for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
-        for block in stage:
-            shortcut = x if block.downsample is None else block.downsample(x)
-            h = block.bn1(block.conv1(x))
-            h = block.bn2(block.conv2(gate(h) * h))
-            x = F.relu(h + shortcut)
-    return model.fc(x.mean((2, 3)))
+# --- both networks written out with torch.nn.functional, sharing nothing with timm's classes and ours ---------------
 
 
-def _mobilenetv2_by_hand(model, gate, x):
-    def norm(bn, x):  # without the activation that timm's norm carries
-        return F.batch_norm(x, bn.running_mean, bn.running_var, bn.weight, bn.bias, False, 0., bn.eps)
-
-    x = F.relu6(norm(model.bn1, model.conv_stem(x)))
-    for stage in model.blocks:
-        for block in stage:
-            if hasattr(block, 'conv_pwl'):
-                h = norm(block.bn1, block.conv_pw(x))
-                h = F.relu6(norm(block.bn2, block.conv_dw(gate(h) * h)))
-                h = norm(block.bn3, block.conv_pwl(h))
-            else:  # the first block has no expansion, and keeps its activation
-                h = F.relu6(norm(block.bn1, block.conv_dw(x)))
-                h = norm(block.bn2, block.conv_pw(h))
-            x = x + h if block.has_skip else h
-    x = F.relu6(norm(model.bn2, model.conv_head(x)))
-    return model.classifier(x.mean((2, 3)))
+def _conv(weights, name, x, **kwargs):
+    weight = weights[f'{name}.weight']
+    return F.conv2d(x, weight, padding=weight.shape[-1] // 2, **kwargs)
 
 
-@pytest.mark.parametrize('base, by_hand', [('resnet18', _resnet18_by_hand), ('mobilenetv2_100', _mobilenetv2_by_hand)])
-@pytest.mark.parametrize('gate', GATES)
-def test_variant_equals_its_definition(base, by_hand, gate):
+def _norm(weights, name, x):
+    mean, var, weight, bias = (weights[f'{name}.{key}'] for key in ('running_mean', 'running_var', 'weight', 'bias'))
+    return F.batch_norm(x, mean, var, weight, bias, eps=1e-5)
+
+
+def _resnet18_by_hand(weights, hidden_fn, x, act=F.relu):
+    """Five feature maps, and logits where there is a classifier. `hidden_fn` stands between two convolutions."""
+    x = act(_norm(weights, 'bn1', _conv(weights, 'conv1', x, stride=2)))
+    outputs = [x]
+    x = F.max_pool2d(x, 3, stride=2, padding=1)
+    for stage in range(1, 5):
+        for block in (f'layer{stage}.0', f'layer{stage}.1'):
+            if f'{block}.conv1.weight' not in weights:
+                return outputs  # pruned
+            stride = 2 if stage > 1 and block.endswith('.0') else 1
+            h = hidden_fn(_norm(weights, f'{block}.bn1', _conv(weights, f'{block}.conv1', x, stride=stride)))
+            h = _norm(weights, f'{block}.bn2', _conv(weights, f'{block}.conv2', h))
+            if stride == 2:
+                x = _norm(weights, f'{block}.downsample.1', _conv(weights, f'{block}.downsample.0', x, stride=2))
+            x = act(h + x)
+        outputs.append(x)
+    if 'fc.weight' in weights:
+        outputs.append(F.linear(x.mean((2, 3)), weights['fc.weight'], weights['fc.bias']))
+    return outputs
+
+
+MOBILENETV2 = [(1, 1), (2, 2), (3, 2), (4, 2), (3, 1), (3, 2), (1, 1)]  # blocks and stride of each stage
+
+
+def _mobilenetv2_by_hand(weights, hidden_fn, x, act=F.relu6):
+    """Five feature maps, and logits where there is a classifier. `hidden_fn` stands after the expansions."""
+    x = act(_norm(weights, 'bn1', _conv(weights, 'conv_stem', x, stride=2)))
+    outputs = []
+    for stage, (depth, first_stride) in enumerate(MOBILENETV2):
+        for i in range(depth):
+            block, stride = f'blocks.{stage}.{i}', first_stride if i == 0 else 1
+            if f'{block}.conv_dw.weight' not in weights:
+                return outputs
+            groups = weights[f'{block}.conv_dw.weight'].shape[0]
+            if stage == 0:  # without expansion
+                h = act(_norm(weights, f'{block}.bn1', _conv(weights, f'{block}.conv_dw', x, groups=groups)))
+                h = _norm(weights, f'{block}.bn2', _conv(weights, f'{block}.conv_pw', h))
+            else:
+                h = hidden_fn(_norm(weights, f'{block}.bn1', _conv(weights, f'{block}.conv_pw', x)))
+                h = _conv(weights, f'{block}.conv_dw', h, stride=stride, groups=groups)
+                h = act(_norm(weights, f'{block}.bn2', h))
+                h = _norm(weights, f'{block}.bn3', _conv(weights, f'{block}.conv_pwl', h))
+            x = x + h if stride == 1 and x.shape == h.shape else h
+        if stage in (0, 1, 2, 4, 6):  # the last stage of each resolution
+            outputs.append(x)
+    if 'classifier.weight' in weights:
+        x = act(_norm(weights, 'bn2', _conv(weights, 'conv_head', x)))
+        outputs.append(F.linear(x.mean((2, 3)), weights['classifier.weight'], weights['classifier.bias']))
+    return outputs
+
+
+BY_HAND = {'resnet18': _resnet18_by_hand, 'mobilenetv2_100': _mobilenetv2_by_hand}
+ACTS = {None: {}, 'gelu': dict(act=F.gelu)}  # act_layer, and the argument of the networks by hand
+FEATURES = (None, 'list', 'dict', 'hook', 'getter', 'fx')
+
+
+def _images(in_chans=3):
+    return torch.randn(2, in_chans, 64, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def _create(name, **kwargs):
+    """A model with random weights, whose norms have seen `_images()`: on others, repeated squaring would overflow."""
     torch.manual_seed(0)
-    original = randomize(timm.create_model(base, num_classes=10)).double().eval()
-    gated = timm.create_model(f'{base}_{gate}', num_classes=10).double().eval()
-    gated.load_state_dict(original.state_dict())
-    x = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    model = randomize(timm.create_model(name, dtype=torch.float64, **kwargs)).train()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 1.
     with torch.no_grad():
-        expected = by_hand(original, GATES[gate], x)
-        torch.testing.assert_close(gated(x), expected, rtol=1e-9, atol=0)
-        assert not torch.allclose(original(x), expected, rtol=1e-2)
+        model(_images(kwargs.get('in_chans', 3)))
+    return model.eval()
 
 
-def test_features_of_variants_are_gated_too():
-    for base in BASES:
-        names = [type(m).__name__ for m in timm.create_model(f'{base}_ewp', features_only=True).modules()]
-        assert 'Gate' in names
+def _weights(model):
+    """Weights by the names of the classifier: wrappers put it under a name, or flatten its stages."""
+    return {re.sub(r'^(body|model|graph_module)\.', '', re.sub(r'^blocks_', 'blocks.', key)): value
+            for key, value in model.state_dict().items()}
+
+
+def _assert_gated(actual, model, base, gate, act_layer=None, tolerance=1e-9):
+    """Outputs equal the gated network's by hand, and not those of the network with `act(x)` in place of its gates."""
+    gated, ungated = (
+        BY_HAND[base](_weights(model), fn, _images().to(actual[-1].dtype), **ACTS[act_layer])[-len(actual):]
+        for fn in (lambda h: GATES[gate](h) * h, GATES[gate]))
+    for got, expected in zip(actual, gated, strict=True):
+        assert got.shape == expected.shape and relative_error(got, expected) < tolerance
+    assert relative_error(actual[-1], ungated[-1]) > .1
+
+
+@pytest.mark.parametrize('act_layer', ACTS)
+@pytest.mark.parametrize('gate', GATES)
+@pytest.mark.parametrize('base', BASES)
+def test_variant_equals_its_definition(base, gate, act_layer):
+    model = _create(f'{base}_{gate}', num_classes=10, **(dict(act_layer=act_layer) if act_layer else {}))
+    x = _images()
+    with torch.no_grad():
+        _assert_gated([model(x)], model, base, gate, act_layer)
+        _assert_gated(model.forward_intermediates(x)[1] + [model(x)], model, base, gate, act_layer)
+
+
+@pytest.mark.parametrize('act_layer', ACTS)
+@pytest.mark.parametrize('feature_cls', FEATURES)
+@pytest.mark.parametrize('base', BASES)
+def test_features_of_variants_are_gated_too(base, feature_cls, act_layer):
+    kwargs = dict(features_only=True, **{
+        key: value for key, value in (('feature_cls', feature_cls), ('act_layer', act_layer)) if value})
+    model = _create(f'{base}_gate_gelu', **kwargs)
+    x = _images()
+    with torch.no_grad():
+        features = model(x)
+    features = list(features.values()) if isinstance(features, dict) else features
+    assert len(features) == 5
+    _assert_gated(features, model, base, 'gate_gelu', act_layer)
+    assert [f.shape[1] for f in features] == model.feature_info.channels()
+    assert model.pretrained_cfg['architecture'] == f'{base}_gate_gelu' and 'num_classes' not in model.pretrained_cfg
+    if base == 'resnet18' or feature_cls not in ('list', 'dict'):  # which timm's own mobilenetv2_100 cannot
+        assert list(model.state_dict()) == list(timm.create_model(base, device='meta', **kwargs).state_dict())
+
+
+@pytest.mark.parametrize('base', BASES)
+@pytest.mark.parametrize('index', range(5))
+def test_pruned_variants_are_gated(base, index):
+    model = _create(f'{base}_gate_relu6')
+    x = _images()
+    taken = model.prune_intermediate_layers([index], prune_norm=True)
+    with torch.no_grad():
+        features = model.forward_intermediates(x, indices=taken, intermediates_only=True)
+        by_hand = BY_HAND[base](model.state_dict(), lambda h: F.relu6(h) * h, x)
+        torch.testing.assert_close(features, by_hand[index:index + 1], rtol=1e-9, atol=0)
+        if index:  # the first feature map comes before any gate
+            _assert_gated(features, model, base, 'gate_relu6')
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit.*deprecated')
+@pytest.mark.parametrize('act_layer', ACTS)
+@pytest.mark.parametrize('features', [None, 'list'])
+@pytest.mark.parametrize('base', BASES)
+def test_scripted_variants_are_gated(base, features, act_layer):
+    kwargs = dict(act_layer=act_layer) if act_layer else {}
+    model = _create(f'{base}_ewp', **kwargs, **(dict(features_only=True, feature_cls=features) if features else {}))
+    x = _images()
+    with torch.no_grad():
+        outputs = torch.jit.script(model)(x)
+    _assert_gated(outputs if features else [outputs], model, base, 'ewp', act_layer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('base', BASES)
+def test_fused_traced_and_exported_variants_are_gated(base):
+    model = _create(f'{base}_gate_gelu')
+    x = _images()
+    with torch.no_grad():
+        exported = torch.export.export(model, (x,), dynamic_shapes=({0: torch.export.Dim('batch')},)).module()
+        for variant in (reparameterize_model(model), torch.fx.symbolic_trace(model), exported):
+            _assert_gated([variant(x)], model, base, 'gate_gelu')
+        compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
+        _assert_gated([compiled(x)], model, base, 'gate_gelu')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('gate', GATES)
+@pytest.mark.parametrize('base', BASES)
+def test_onnx_of_variants_is_gated(base, gate, tmp_path):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    pytest.importorskip('onnxscript')
+    model = _create(f'{base}_{gate}').float()
+    x = _images().float()
+    torch.onnx.export(model, (x,), tmp_path / 'model.onnx', dynamo=True)
+    session = onnxruntime.InferenceSession(tmp_path / 'model.onnx')
+    logits, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    _assert_gated([torch.from_numpy(logits)], model, base, gate, tolerance=1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('checkpointing', [False, True])
+@pytest.mark.parametrize('base', BASES)
+def test_gradients_are_the_definitions(base, checkpointing):
+    model = _create(f'{base}_gate_gelu')
+    model.set_grad_checkpointing(checkpointing)
+    weights = {key: value.detach().clone().requires_grad_('running' not in key and value.is_floating_point())
+               for key, value in model.state_dict().items()}
+    x = _images()
+    BY_HAND[base](weights, lambda h: F.gelu(h) * h, x)[-1].square().mean().backward()
+    model(x).square().mean().backward()
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p.grad, weights[name].grad, rtol=1e-6, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize('base', BASES)
+def test_variant_takes_what_the_original_takes(base):
+    model = _create(f'{base}_ewp', in_chans=5, num_classes=7, drop_path_rate=.1, output_stride=16, global_pool='max')
+    original = timm.create_model(
+        base, in_chans=5, num_classes=7, drop_path_rate=.1, output_stride=16, global_pool='max', device='meta')
+    assert list(model.state_dict()) == list(original.state_dict())
+    assert model.feature_info == original.feature_info
+    features = model.forward_features(_images(5))
+    assert features.shape[2:] == (4, 4)
+    torch.testing.assert_close(model.forward_head(features, pre_logits=True), features.amax((2, 3)))
+    with pytest.raises(TypeError, match='no_such_argument'):
+        timm.create_model(f'{base}_ewp', no_such_argument=1)
+
+
+@pytest.mark.parametrize('features_only', [False, True])
+@pytest.mark.parametrize('base', BASES)
+def test_weights_load_from_a_file(base, features_only, tmp_path):
+    original = _create(base, num_classes=10)
+    torch.save(original.state_dict(), tmp_path / 'weights.pth')
+    model = timm.create_model(
+        f'{base}_ewp', pretrained=True, features_only=features_only, dtype=torch.float64,
+        pretrained_cfg_overlay=dict(file=str(tmp_path / 'weights.pth'), num_classes=10))
+    loaded = model.eval().state_dict()
+    assert loaded and all(torch.equal(value, original.state_dict()[key]) for key, value in loaded.items())
+    x = _images()
+    with torch.no_grad():
+        _assert_gated(model(x) if features_only else [model(x)], model, base, 'ewp')
 
 
 @pytest.mark.parametrize('gate, params', [

@@ -1,14 +1,16 @@
 """ResNet18 and MobileNetV2 with a gate in place of an activation, the subjects of the paper's frequency analysis.
 
 A block's activation (ResNet18: between the two convolutions; MobileNetV2: after the expansion) becomes `act(x) * x`.
-Everything else, also the activation after the residual sum, is timm's. No variant has a parameter more or another name
-for one, so that weights of timm's originals load.
+The model's name fixes the `act` of its gates. `act_layer` means what it means in timm, the activation everywhere else:
+in the stem, after the residual sum, after the depthwise convolution, in the head.
 
-The originals are timm's own `resnet18` and `mobilenetv2_100`; GmNet's gates are an argument of `GmNet`.
+The models are timm's `resnet18` and `mobilenetv2_100` in everything else, and take all their arguments. No parameter is
+added or renamed, so weights of the originals load. GmNet's own gates are an argument of `GmNet`.
 
 Papers:
     * `GmNet: Revisiting Gating Mechanisms From A Frequency View` - https://arxiv.org/abs/2503.22841 (ICLR 2026)
 """
+from functools import partial
 from typing import Any, Dict
 
 import torch
@@ -16,10 +18,9 @@ import torch.nn as nn
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerType, get_act_layer
-from timm.models._builder import build_model_with_cfg
-from timm.models._efficientnet_blocks import InvertedResidual
-from timm.models.efficientnet import _gen_mobilenet_v2
-from timm.models.resnet import BasicBlock, ResNet
+from timm.models._builder import build_model_with_cfg, pretrained_cfg_for_features
+from timm.models.efficientnet import mobilenetv2_100
+from timm.models.resnet import BasicBlock, resnet18
 from ._registry import generate_default_cfgs, register_model
 
 __all__ = ['Gate']
@@ -62,21 +63,41 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def _create_resnet18(variant: str, act_layer: LayerType, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2))
-    model = build_model_with_cfg(ResNet, variant, pretrained, **dict(model_args, **kwargs))
-    for module in model.modules():  # also of a feature extractor, which has no layers by name
-        if isinstance(module, BasicBlock):
-            module.act1 = Gate(act_layer)
-    return model
+# timm calls these where it would call a model's class: gates are in place before it wraps, traces or cuts a model.
 
 
-def _create_mobilenetv2(variant: str, act_layer: LayerType, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    model = _gen_mobilenet_v2(variant, 1.0, pretrained=pretrained, **kwargs)
+def _gated_resnet18(gate: LayerType, **kwargs: Any) -> nn.Module:
+    model = resnet18(**kwargs)
     for module in model.modules():
-        if isinstance(module, InvertedResidual):
-            module.bn1.act = Gate(act_layer)
+        if isinstance(module, BasicBlock):
+            module.act1 = Gate(gate)
     return model
+
+
+def _gated_mobilenetv2(gate: LayerType, **kwargs: Any) -> nn.Module:
+    model = mobilenetv2_100(**kwargs)
+    for module in model.modules():
+        if hasattr(module, 'conv_pwl'):  # has an expansion, which the first block has not
+            module.bn1.act = Gate(gate)
+    return model
+
+
+def _create_resnet18(variant: str, gate: LayerType, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    return build_model_with_cfg(partial(_gated_resnet18, gate), variant, pretrained, **kwargs)
+
+
+def _create_mobilenetv2(variant: str, gate: LayerType, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    feature_cls = kwargs.get('feature_cls')
+    if kwargs.get('features_only', False) and feature_cls is None:
+        # by default, this family's feature extractor is a class of its own and not a wrapper
+        kwargs = {key: value for key, value in kwargs.items() if key not in ('features_only', 'feature_cls')}
+        create = partial(_gated_mobilenetv2, gate, features_only=True)
+        model: Any = build_model_with_cfg(create, variant, pretrained, pretrained_strict=False, **kwargs)
+        model.pretrained_cfg = model.default_cfg = pretrained_cfg_for_features(model.pretrained_cfg)
+        return model
+    if feature_cls in ('list', 'dict'):
+        kwargs.setdefault('feature_cfg', dict(flatten_sequential=True))  # they find no stage without
+    return build_model_with_cfg(partial(_gated_mobilenetv2, gate), variant, pretrained, **kwargs)
 
 
 @register_model

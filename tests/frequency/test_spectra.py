@@ -5,13 +5,14 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
 from gmnet_timm.cli.main import main
 from gmnet_timm.errors import UserError
 from gmnet_timm.frequency import radial_power_spectrum
-from gmnet_timm.frequency.spectra import find_gates, layer_spectra
+from gmnet_timm.frequency.spectra import layer_spectra
 
 
 def _tiny_gmnet(**kwargs):
@@ -27,13 +28,6 @@ def _hooks(model):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-def test_every_gate_of_a_gmnet_is_found():
-    names = list(find_gates(timm.create_model('gmnet_s1', device='meta')))
-    assert len(names) == 16 and names[0] == 'stages.0.1' and names[-1] == 'stages.3.2'
-    assert len(find_gates(timm.create_model('resnet18_gate_gelu', device='meta'))) == 8
-    assert len(find_gates(timm.create_model('mobilenetv2_100_ewp', device='meta'))) == 16
-
-
 def test_spectra_are_those_of_the_gates_input_and_output():
     model = _tiny_gmnet()
     batches = _batches(3, 2)
@@ -47,6 +41,46 @@ def test_spectra_are_those_of_the_gates_input_and_output():
     torch.testing.assert_close(layers[0].before, radial_power_spectrum(h).mean(1).double(), rtol=1e-4, atol=1e-9)
     torch.testing.assert_close(layers[0].after, radial_power_spectrum(gated).mean(1).double(), rtol=1e-4, atol=1e-9)
     assert layers[0].size == (16, 16)
+
+
+def _assert_spectra(layer, before, after):
+    torch.testing.assert_close(layer.before, radial_power_spectrum(before).mean(1).double(), rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(layer.after, radial_power_spectrum(after).mean(1).double(), rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize('gate', ['fc', 'dw', 'ln'])
+def test_input_of_a_gate_is_what_both_factors_come_from(gate):
+    model, batches = _tiny_gmnet(gate=gate), _batches(2)
+    with torch.no_grad():
+        block = model.stages[0][1]
+        h = block.f1(block.dwconv(model.stages[0][0](model.stem(batches[0][0]))))
+        gated = h.clamp(0, 6) * block.gate(h)
+    _assert_spectra(layer_spectra(model, batches)[0], h, gated)
+
+
+def test_spectra_of_other_gates():
+    model, batches = timm.create_model('resnet18_gate_gelu').eval(), _batches(2)
+    with torch.no_grad():
+        h = model.layer1[0].bn1(model.layer1[0].conv1(model.maxpool(model.act1(model.bn1(model.conv1(batches[0][0]))))))
+        layers = layer_spectra(model, batches)
+    assert len(layers) == 8
+    _assert_spectra(layers[0], h, F.gelu(h) * h)
+    model = timm.create_model('starnet_s1').eval()
+    with torch.no_grad():
+        block = model.stages[0][1]
+        h = block.dwconv(model.stages[0][0](model.stem(batches[0][0])))
+        layers = layer_spectra(model, batches)
+    assert len(layers) == 15
+    _assert_spectra(layers[0], h, F.relu6(block.f1(h)) * block.f2(h))
+
+
+def test_product_that_cannot_be_read():
+    class Square(nn.Module):
+        def forward(self, x):
+            return x * x + 1
+
+    with pytest.raises(UserError, match='no module takes or returns it'):
+        layer_spectra(nn.Sequential(nn.Conv2d(3, 4, 1), Square()), _batches(1))
 
 
 def test_gain_and_ratio_of_a_known_filter():

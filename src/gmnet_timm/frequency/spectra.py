@@ -1,18 +1,20 @@
 """Radial power spectra of a model's features, before and after its gates."""
 import contextlib
+import functools
+import itertools
 import math
 from dataclasses import dataclass
-from typing import Any, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from gmnet_timm.errors import UserError
+from gmnet_timm.frequency.gates import Tap, find_gates
 from gmnet_timm.frequency.split import radial_power_spectrum
-from gmnet_timm.gated import Gate
-from gmnet_timm.gmnet import GmNetBlock
 
-__all__ = ['LayerSpectrum', 'find_gates', 'layer_spectra']
+__all__ = ['LayerSpectrum', 'layer_spectra']
 
 
 @dataclass(frozen=True)
@@ -66,22 +68,6 @@ class LayerSpectrum:
         ]
 
 
-def find_gates(model: nn.Module) -> Dict[str, Tuple[nn.Module, nn.Module]]:
-    """Gates of a model by name: of GmNet's blocks, and of the gated ResNet18 and MobileNetV2.
-
-    Returns:
-        The module whose output enters the gate, and the one that the gate's output enters. Twice the gate itself where
-        it is a module.
-    """
-    gates: Dict[str, Tuple[nn.Module, nn.Module]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, GmNetBlock):
-            gates[name] = (module.f1, module.g)
-        elif isinstance(module, Gate):
-            gates[name] = (module, module)
-    return gates
-
-
 def layer_spectra(
         model: nn.Module,
         loader: Iterable[Tuple[torch.Tensor, torch.Tensor]],
@@ -102,9 +88,6 @@ def layer_spectra(
     Raises:
         UserError: The model has no gates or no such module, a module gives no feature maps, or there are no images.
     """
-    points = find_gates(model) if modules is None else {name: (_module(model, name),) * 2 for name in modules}
-    if not points:
-        raise UserError('The model has no gates. Name the modules to look at.')
     collected: Dict[Tuple[str, str], List[torch.Tensor]] = {}
     sizes: Dict[str, Tuple[int, int]] = {}
 
@@ -117,12 +100,20 @@ def layer_spectra(
         collected.setdefault((name, side), []).append(radial_power_spectrum(x).double().mean(1).cpu())
 
     device = next(model.parameters()).device
+    points = {} if modules is None else {
+        name: (Tap(name, _module(model, name), False), Tap(name, _module(model, name), True)) for name in modules}
+    batches = iter(loader)
+    first = next(batches, None)
+    if first is None:
+        raise UserError('There is no image to look at.')
+    if modules is None:
+        points = _gates(model, first[0][:1].to(device))
     seen = 0
     with torch.inference_mode(), contextlib.ExitStack() as hooks:
-        for name, (first, last) in points.items():
-            for handle in _hook(name, first, last, collect):
-                hooks.callback(handle.remove)
-        for images, _ in loader:
+        for name, (before, after) in points.items():
+            hooks.callback(_hook(before, functools.partial(collect, name, 'input')).remove)
+            hooks.callback(_hook(after, functools.partial(collect, name, 'output')).remove)
+        for images, _ in itertools.chain([first], batches):
             images = images[:None if max_images is None else max_images - seen]
             model(images.to(device))
             seen += len(images)
@@ -136,17 +127,21 @@ def layer_spectra(
     ]
 
 
-def _hook(name: str, first: nn.Module, last: nn.Module, collect):
-    """What enters the layer is the input of a module, or the output of the one before the gate."""
-    if first is last:  # the input is looked at before the module runs, which may work in place
-        return [
-            first.register_forward_pre_hook(lambda _, args: collect(name, 'input', args[0])),
-            first.register_forward_hook(lambda _, args, out: collect(name, 'output', out)),
-        ]
-    return [
-        first.register_forward_hook(lambda _, args, out: collect(name, 'input', out)),
-        last.register_forward_pre_hook(lambda _, args: collect(name, 'output', args[0])),
-    ]
+def _gates(model: nn.Module, x: torch.Tensor) -> Dict[str, Tuple[Tap, Tap]]:
+    points = {}
+    for name, gate in find_gates(model, x).items():
+        if gate.after is None:
+            raise UserError(f'The product in {name} cannot be read: no module takes or returns it.')
+        points[name] = (gate.before, gate.after)
+    if not points:
+        raise UserError('The model has no gates. Name the modules to look at.')
+    return points
+
+
+def _hook(tap: Tap, collect: Callable[[Any], None]) -> RemovableHandle:
+    if tap.is_output:
+        return tap.module.register_forward_hook(lambda module, args, output: collect(output))
+    return tap.module.register_forward_pre_hook(lambda module, args: collect(args[0]))  # it may work in place
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:

@@ -1,0 +1,212 @@
+import copy
+import importlib
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from conftest import create
+from timm.utils import reparameterize_model
+from torch import nn
+
+import gmnet_timm.gmnet
+from gmnet_timm.errors import UserError
+from gmnet_timm.frequency import find_gates, find_products
+
+COUNTS = {  # gates, and products with a broadcast factor
+    'gmnet_s1': (16, 0),
+    'starnet_s1': (15, 0),
+    'eva02_tiny_patch14_224': (12, 0),  # SwiGLU
+    'gmlp_s16_224': (30, 0),  # spatial gating units
+    'mobilenetv3_small_100': (0, 9),  # squeeze-and-excitation
+    'efficientnet_b0': (0, 16),
+    'resnet18': (0, 0),
+    'vit_tiny_patch16_224': (0, 0),
+    'convnext_atto': (0, 0),
+    'resnet18_gate_gelu': (8, 0),
+    'mobilenetv2_100_ewp': (16, 0),
+}
+
+
+class Net(nn.Module):
+    """A convolution, whose output x and a function of it meet in `product`."""
+
+    def __init__(self, product):
+        super().__init__()
+        self.conv, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.weight = nn.Parameter(torch.ones(4, 1, 1))
+        self.product = product
+
+    def forward(self, x):
+        return self.last(self.product(self, self.conv(x)))
+
+
+class Twice(nn.Module):
+    def forward(self, x):
+        x = x * x.sigmoid()
+        return x * x
+
+
+def _found(product):
+    return find_products(Net(product), torch.zeros(1, 3, 8, 8))
+
+
+@pytest.mark.parametrize('name', COUNTS)
+def test_counts_of_known_models(name):
+    products = find_products(timm.create_model(name, device='meta'))
+    gates = [product for product in products.values() if product.is_gate]
+    assert (len(gates), len(products) - len(gates)) == COUNTS[name]
+    assert find_gates(timm.create_model(name, device='meta')).keys() == {
+        name for name, product in products.items() if product.is_gate}
+
+
+def test_names_are_those_of_the_modules_that_multiply():
+    gmnet = find_gates(timm.create_model('gmnet_s1', device='meta'))
+    assert list(gmnet) == [f'stages.{i}.{j + 1}' for i, depth in enumerate((2, 2, 10, 2)) for j in range(depth)]
+    assert gmnet['stages.0.1'].shape == (1, 120, 56, 56)
+    resnet = find_gates(timm.create_model('resnet18_gate_relu6', device='meta'))
+    assert list(resnet) == [f'layer{i}.{j}.act1' for i in (1, 2, 3, 4) for j in (0, 1)]
+    assert 'blocks.0.0.se' in find_products(timm.create_model('mobilenetv3_small_100', device='meta'))
+
+
+@pytest.mark.parametrize('product', [
+    lambda net, x: x * x,
+    lambda net, x: F.relu6(x) * x,
+    lambda net, x: x.mul(other=x.sigmoid()),
+    lambda net, x: x.clone().mul_(x),
+    lambda net, x: torch.cat(x.chunk(2, 1)[::-1], 1) * x,
+    lambda net, x: (net.weight * x) * (x + 1),
+    lambda net, x: x.transpose(2, 3).reshape(x.shape) * x,
+])
+def test_gates(product):
+    (name, found), = _found(product).items()
+    assert name == '' and found.is_gate and found.shape == (1, 4, 8, 8)
+    assert (found.before.name, found.before.is_output) == ('conv', True)
+    assert (found.after.name, found.after.is_output) == ('last', False)
+
+
+@pytest.mark.parametrize('product', [
+    lambda net, x: x * x.mean((2, 3), keepdim=True).sigmoid(),
+    lambda net, x: x * x.mean((2, 3), keepdim=True).expand_as(x),
+    lambda net, x: x * x.mean(1, keepdim=True),
+    lambda net, x: x.mul_(x.amax((2, 3), keepdim=True)),
+])
+def test_broadcast_factors_are_no_gates(product):
+    (found,) = _found(product).values()
+    assert not found.is_gate and found.shape == (1, 4, 8, 8)
+
+
+@pytest.mark.parametrize('product', [
+    lambda net, x: x,
+    lambda net, x: 2 * x,
+    lambda net, x: x * torch.tensor(2.),
+    lambda net, x: x * net.weight,
+    lambda net, x: x * torch.ones_like(x) * x.new_ones(x.shape) * torch.rand_like(x),
+    lambda net, x: x * torch.arange(x.shape[3]),
+    lambda net, x: x + F.gelu(x) - F.silu(x),
+    lambda net, x: (net.weight * net.weight) + x,
+])
+def test_what_is_not_a_product_of_features(product):
+    assert _found(product) == {}
+
+
+def test_drop_path_is_not_a_gate():
+    model = timm.create_model('gmnet_s1', drop_path_rate=.5, drop_rate=.5, device='meta').train()
+    assert len(find_products(model)) == 16
+
+
+def test_several_products_of_one_module():
+    net = nn.Sequential(Twice(), nn.Identity())
+    assert list(find_gates(net, torch.zeros(1, 3, 4, 4))) == ['0', '0#2']
+    shared = Twice()
+    assert list(find_gates(nn.Sequential(shared, shared), torch.zeros(1, 3, 4, 4))) == ['0', '0#2', '0#3', '0#4']
+
+
+def test_product_that_no_module_takes_or_returns():
+    for product in (lambda net, x: x * x + x, lambda net, x: (x * x).add_(1)):
+        (found,) = _found(product).values()
+        assert found.is_gate and found.after is None
+
+
+def test_a_gate_of_the_input_itself():
+    found, _ = find_gates(Twice(), torch.zeros(1, 3, 4, 4)).values()
+    assert (found.before.name, found.before.is_output) == ('', False)
+
+
+# --- by what they compute, wherever the code comes from --------------------------------------------------------------
+
+
+@pytest.fixture
+def gmnet_from_elsewhere(tmp_path, monkeypatch):
+    """gmnet.py under another name, as timm would ship it: none of its classes are ours."""
+    package = tmp_path / 'elsewhere'
+    package.mkdir()
+    (package / '__init__.py').touch()
+    (package / '_registry.py').write_text('def generate_default_cfgs(cfgs): ...\ndef register_model(fn): return fn\n')
+    source = Path(gmnet_timm.gmnet.__file__).read_bytes()
+    (package / 'gmnet.py').write_bytes(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module('elsewhere.gmnet')
+    for name in ('elsewhere', 'elsewhere._registry', 'elsewhere.gmnet'):
+        sys.modules.pop(name)
+
+
+@pytest.mark.parametrize('gate', ['identity', 'fc', 'dw', 'ln'])
+def test_gmnet_from_elsewhere(gmnet_from_elsewhere, gate):
+    args = dict(base_dim=40, depths=(2, 2, 10, 2), mlp_ratios=(3, 3, 3, 2), gate=gate)
+    theirs = gmnet_from_elsewhere.GmNet(**args, device='meta')
+    assert not isinstance(theirs, gmnet_timm.gmnet.GmNet)
+    ours = find_gates(timm.create_model('gmnet_s1', gate=gate, device='meta'))
+    assert list(find_gates(theirs)) == list(ours) and len(ours) == 16
+
+
+@pytest.mark.parametrize('feature_cls, prefix', [
+    ('list', ''), ('dict', ''), ('hook', ''), ('getter', 'model.'), ('fx', 'graph_module.')])
+@pytest.mark.parametrize('name, gates', [('gmnet_s1', 16), ('resnet18_ewp', 8), ('mobilenetv2_100_gate_gelu', 16)])
+def test_feature_extractors(name, gates, feature_cls, prefix):
+    model = timm.create_model(name, features_only=True, feature_cls=feature_cls)
+    found = find_gates(model, torch.zeros(1, 3, 64, 64))
+    assert len(found) == gates and all(key.startswith(prefix) for key in found)
+    if name == 'gmnet_s1' and prefix:
+        assert [key.removeprefix(prefix) for key in found] == list(find_gates(timm.create_model(name, device='meta')))
+
+
+def test_graphs_compiled_and_fused_models():
+    model = create(init_values=.5)
+    x = torch.zeros(1, 3, 64, 64)
+    names = list(find_gates(model))
+    assert list(find_gates(torch.fx.symbolic_trace(model), x)) == names
+    assert list(find_gates(reparameterize_model(model), x)) == names
+    assert list(find_gates(torch.compile(model, backend='eager'), x)) == [f'_orig_mod.{name}' for name in names]
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit.*deprecated')
+def test_torchscript_is_refused():
+    with pytest.raises(UserError, match='before scripting'):
+        find_gates(torch.jit.script(timm.create_model('gmnet_s1')))
+
+
+# --- a pass that leaves no trace -------------------------------------------------------------------------------------
+
+
+def test_model_is_left_as_it_was():
+    model = timm.create_model('gmnet_s1', drop_path_rate=.1).train()
+    model.stages[1].eval()
+    modes = [m.training for m in model.modules()]
+    state, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    assert len(find_gates(model)) == 16
+    assert [m.training for m in model.modules()] == modes
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), rng)
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+    with pytest.raises(RuntimeError):
+        find_gates(model, torch.zeros(1, 5, 64, 64))
+    assert [m.training for m in model.modules()] == modes
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize('kwargs', [dict(in_chans=5), dict(dtype=torch.float64), dict(dtype=torch.bfloat16)])
+def test_default_input_suits_the_model(kwargs):
+    assert len(find_gates(timm.create_model('gmnet_s1', **kwargs))) == 16
