@@ -10,3 +10,9 @@ class MissingExtraError(UserError, ImportError):
 
     def __init__(self, package: str, extra: str):
         super().__init__(f"{package} is not installed. Install it with: pip install 'gmnet-timm[{extra}]'")
+
+
+def listed(keys: list[str], most: int = 5) -> str:
+    """The first keys of a list for a message, and how many more there are."""
+    more = f' and {len(keys) - most} more' if len(keys) > most else ''
+    return ', '.join(keys[:most]) + more
