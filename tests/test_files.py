@@ -1,5 +1,6 @@
 import errno
 import os
+import stat
 
 import pytest
 
@@ -40,3 +41,34 @@ def test_folders_are_created(tmp_path):
     assert (tmp_path / 'a' / 'b' / 'recipe.yaml').read_text() == 'one'
     with pytest.raises(UserError, match='Cannot write'):
         write_text(tmp_path / 'a' / 'b' / 'recipe.yaml' / 'below', 'one')
+
+
+def make_special(path, kind):
+    if kind == 'device':
+        try:
+            os.mknod(path, 0o666 | stat.S_IFCHR, os.makedev(1, 3))  # a /dev/null of our own
+        except PermissionError:
+            pytest.skip('only root makes devices')
+    elif kind == 'link to a device':
+        path.symlink_to('/dev/null')
+    elif kind == 'pipe':
+        os.mkfifo(path)
+    else:
+        path.mkdir()
+
+
+@pytest.mark.parametrize('kind', ['device', 'link to a device', 'pipe', 'folder'])
+def test_only_regular_files_are_replaced(tmp_path, kind):
+    path = tmp_path / 'out'
+    make_special(path, kind)
+    before = os.lstat(path)
+    with pytest.raises(UserError, match='is not a regular file and is not replaced'):
+        write_text(path, 'one')
+    after = os.lstat(path)
+    assert (before.st_ino, before.st_mode, before.st_rdev) == (after.st_ino, after.st_mode, after.st_rdev)
+    assert os.listdir(tmp_path) == ['out']
+
+
+def test_name_that_is_too_long(tmp_path):
+    with pytest.raises(UserError, match='Cannot write .*File name too long'):
+        write_text(tmp_path / ('x' * 300), 'one')

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from conftest import randomize, relative_error
 from timm.utils import reparameterize_model
 
-from gmnet_timm.checkpoint.architecture import infer_architecture, load_model
+from gmnet_timm.checkpoint.architecture import infer_architecture
 from gmnet_timm.gmnet import GmNetBlock
 
 BASES = ('resnet18', 'mobilenetv2_100')
@@ -321,7 +321,7 @@ def test_checkpoint_tells_the_gate(gate, tmp_path):
     assert f'gate {gate} instead of identity' in architecture.describe()
     assert f"timm.create_model('gmnet_s1', in_chans=3, num_classes=4, gate='{gate}')" in architecture.describe()
     torch.save(model.state_dict(), tmp_path / 'checkpoint.pth')
-    loaded = load_model(tmp_path / 'checkpoint.pth', act_layer='gelu')
+    loaded = load_model(str(tmp_path / 'checkpoint.pth'), model_kwargs=dict(act_layer='gelu')).model
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(loaded(x), model(x))

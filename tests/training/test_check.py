@@ -1,6 +1,11 @@
 """gmnet-timm check-run, on run folders written by hand, whose answers are known."""
 import argparse
+import functools
+import os
+import re
+import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -9,9 +14,12 @@ import yaml
 
 from gmnet_timm.cli.main import main
 from gmnet_timm.errors import MissingExtraError, UserError
-from gmnet_timm.training.recipe import load_recipe
-from gmnet_timm.training.run import deviations, format_run, plot_run, read_run, symptoms
+from gmnet_timm.training.check import DEFAULTS, HARMLESS, deviations, format_run, plot_run, symptoms
+from gmnet_timm.training.recipe import RECIPES, load_recipe
+from gmnet_timm.training.run import TrainingRun, read_run
+from gmnet_timm.training.train_parser import read_options, train_script
 
+DOCUMENT = Path(__file__).parents[2] / 'docs' / 'training.md'
 HEADER = 'epoch,train_loss,eval_loss,eval_top1,eval_top5,lr\n'
 
 
@@ -26,9 +34,13 @@ def write_summary(folder, top1, loss=None, first=0):
     (folder / 'summary.csv').write_text(HEADER + ''.join(rows))
 
 
+@functools.cache
+def small_weights():
+    return timm.create_model('gmnet_s1', base_dim=8, depths=(1, 1, 1, 1), num_classes=3).state_dict()
+
+
 def write_checkpoint(folder, name, epoch, metric, world_size=8, state_dict=None, **extra):
-    if state_dict is None:
-        state_dict = timm.create_model('gmnet_s1', base_dim=8, depths=(1, 1, 1, 1), num_classes=3).state_dict()
+    state_dict = small_weights() if state_dict is None else state_dict
     args = argparse.Namespace(world_size=world_size, model='gmnet_s1')
     torch.save(dict(epoch=epoch, metric=metric, args=args, state_dict=state_dict, version=2, **extra), folder / name)
 
@@ -51,10 +63,11 @@ def report(folder, **kwargs):
 def test_healthy_run(run):
     rows = {key: value.strip() for key, value in report(run).items()}
     assert rows['recipe'] == 'as in imagenet.yaml'
-    assert rows['images a step'] == '8 GPUs x batch 256 x accumulation 1 = 2048 images a step, as in the recipe'
+    assert rows['global batch size'] == (
+        'world size 8 x batch size 256 x 1 gradient accumulation step = global batch size 2048, as in the recipe')
     assert rows['epochs'] == '8 done, 302 left of 310'
     assert rows['top-1'] == 'best 45.00 (epoch 5), last 43.00 (epoch 7)'
-    assert rows['health'] == 'losses are finite, and it is not flat'
+    assert rows['health'] == 'ok: losses are finite'  # only three of eight epochs are after the warm-up
     assert rows['publish'].startswith(f'{run}/model_best.pth.tar (epoch 5, top1 45.00), no registered model, nearest')
     assert 'note' not in rows
 
@@ -66,37 +79,152 @@ def test_deviations_are_named_one_by_one(run):
         'amp True instead of False', 'amp_dtype float16 instead of bfloat16']
 
 
-def test_learning_rates_scaled_with_the_total_are_no_deviation(run):
+def test_learning_rates_scaled_with_the_global_batch_size_are_no_deviation(run):
+    batch = ['batch_size 128 instead of 256', 'global batch size 1024 instead of 2048']
     write_args(run, batch_size=128, lr=1.5e-3, warmup_lr=5e-7, min_lr=5e-6)
-    assert deviations(read_run(run)) == []
-    assert report(run)['images a step'].endswith('= 1024 images a step, instead of 2048')
+    assert deviations(read_run(run)) == batch
+    assert report(run)['global batch size'].endswith('= global batch size 1024, instead of 2048')
     write_args(run, batch_size=128, lr=1e-3)
-    assert deviations(read_run(run)) == ['lr 0.001 instead of 0.003']
+    assert deviations(read_run(run)) == [batch[0], 'lr 0.001 instead of 0.003', batch[1]]
+
+
+def test_gradient_accumulation_counts_through_the_global_batch_size(run):
+    write_args(run, grad_accum_steps=8)
+    assert deviations(read_run(run)) == ['global batch size 16384 instead of 2048']
+    write_checkpoint(run, 'last.pth.tar', 7, 43., world_size=1)
+    assert deviations(read_run(run)) == []
 
 
 def test_own_classes_and_weights_are_no_deviation_from_finetune(run):
-    own = dict(num_classes=3, pretrained_path='a.pth', lr=1e-3)
+    own = dict(num_classes=3, pretrained_path='a.pth', class_map='classes.txt', lr=1e-3)
     (run / 'args.yaml').write_text(yaml.safe_dump({**load_recipe('finetune'), **own}))
-    assert deviations(read_run(run), 'finetune') == ['lr 0.001 instead of 0.0005']
+    assert deviations(read_run(run), 'finetune') == [
+        'lr 0.001 instead of 0.0005', 'global batch size 2048 instead of 256']
 
 
-def test_total_without_checkpoints_needs_the_number_of_gpus(run):
+@pytest.mark.parametrize('changes, found', [
+    (dict(model_kwargs=dict(act_layer='gelu')), "model_kwargs {'act_layer': 'gelu'}, which imagenet.yaml does not set"),
+    (dict(gp='max'), 'gp max, which imagenet.yaml does not set'),
+    (dict(opt_kwargs=dict(caution=True)), "opt_kwargs {'caution': True}, which imagenet.yaml does not set"),
+    (dict(split_bn=True), 'split_bn True, which imagenet.yaml does not set'),
+    (dict(bn_eps=1e-3), 'bn_eps 0.001 instead of None'),
+    (dict(head_init_scale=0.), 'head_init_scale 0.0, which imagenet.yaml does not set'),
+    (dict(start_epoch=0), 'start_epoch 0, which imagenet.yaml does not set'),
+    (dict(torchscript=True), 'torchscript True, which imagenet.yaml does not set'),
+    (dict(no_prefetcher=True), 'no_prefetcher True, which imagenet.yaml does not set'),
+    (dict(class_map='map.txt'), 'class_map map.txt, which imagenet.yaml does not set'),
+    (dict(in_chans=1), 'in_chans 1, which imagenet.yaml does not set'),
+    (dict(train_split='validation'), 'train_split validation instead of train'),
+    (dict(train_num_samples=1000), 'train_num_samples 1000, which imagenet.yaml does not set'),
+    (dict(pretrained_cfg_overlay=dict(file='a.pth')),
+     "pretrained_cfg_overlay {'file': 'a.pth'}, which imagenet.yaml does not set"),
+    (dict(argument_of_a_later_timm='on'), 'argument_of_a_later_timm on, which imagenet.yaml does not set'),
+    (dict(resume='../other/last.pth.tar'), 'resume ../other/last.pth.tar, which is not of this run'),
+    (dict(resume='authors.pth', experiment=''), 'resume authors.pth, which is not of this run'),
+    (dict(epochs='abc'), 'epochs abc instead of 300'),
+    (dict(batch_size=[]), 'batch_size [] instead of 256'),
+    (dict(lr=10 ** 90), f'lr {10 ** 90} instead of 0.003'),
+    (dict(aa='x' * 5000), f'aa {"x" * 99}… instead of rand-m1-mstd0.5-inc1'),
+])
+def test_what_changes_network_or_training_is_named(run, changes, found):
+    write_args(run, **changes)
+    assert deviations(read_run(run)) == [found]
+    assert found in report(run)['recipe']
+
+
+@pytest.mark.parametrize('changes', [
+    # Leaving them out is the same
+    dict(in_chans=3, train_num_samples=1281167, val_num_samples=50000, model_kwargs={}, opt_kwargs=None, gp=None),
+    # Paths, logging and speed
+    dict(data='/data', output='runs', experiment='s3', log_wandb=True, workers=2, device='cuda:1', val_interval=5),
+    dict(resume='auto', save_epochs=[100, 200]),
+    dict(resume='runs/s3/last.pth.tar', experiment='s3'),
+    # Without effect, given the recipe
+    dict(momentum=.5, decay_rate=.5, decay_epochs=None, patience_epochs=1, lr_base=1., lr_base_scale='linear',
+         clip_mode='agc', model_ema_decay=.9, kd_temperature=1., naflex_max_seq_len=1, lr_cycle_decay=.1,
+         torchcompile_mode='max-autotune', pretrained_path='a.pth', bce_sum=True, no_resume_opt=True),
+])
+def test_what_changes_neither_is_not_named(run, changes):
+    write_args(run, **changes)
+    assert report(run)['recipe'].strip() == 'as in imagenet.yaml'
+
+
+def test_run_folder_itself_is_its_own_start(run):
+    write_args(run, resume=f'somewhere/{run.name}/last.pth.tar')
+    assert deviations(read_run(run)) == []
+
+
+def test_arguments_that_args_yaml_lacks_are_named(run):
+    args = load_recipe('imagenet')
+    for name in ('weight_decay', 'reprob', 'bn_eps'):  # the last is off in the recipe, and in train.py without it
+        del args[name]
+    (run / 'args.yaml').write_text(yaml.safe_dump(args))
+    assert deviations(read_run(run)) == ['not recorded: weight_decay, reprob']
+
+
+# What else has to be set for train.py to use an argument, as its code reads
+USED_WITH = {
+    'amp_dtype': dict(amp=True), 'clip_mode': dict(clip_grad=1.), 'momentum': dict(opt='sgd'),
+    'no_resume_opt': dict(resume='auto'), 'pretrained_path': dict(pretrained=True),
+    'torchcompile_mode': dict(torchcompile='inductor'),
+    'decay_rate': dict(sched='step'), 'decay_epochs': dict(sched='step'),
+    'decay_milestones': dict(sched='multistep'), 'patience_epochs': dict(sched='plateau'),
+}
+USED_WITH_BY_PREFIX = {
+    'layer_decay_': dict(layer_decay=.9), 'lr_base': dict(lr=None), 'lr_cycle_': dict(lr_cycle_limit=2),
+    'lr_noise_': dict(lr_noise=[.5]), 'bce_': dict(bce_loss=True), 'model_ema_': dict(model_ema=True),
+    'kd_': dict(kd_model_name='teacher'), 'distill_loss_': dict(kd_model_name='teacher'),
+    'task_loss_': dict(kd_model_name='teacher'), 'naflex_': dict(naflex_loader=True),
+    'train_size_': dict(train_img_sizes=[224]), 'train_batch_sizes': dict(train_img_sizes=[224]),
+    'variable_batch_': dict(train_img_sizes=[224]),
+}
+
+
+@pytest.fixture(scope='module')
+def options():
+    if 'TIMM_SCRIPTS' not in os.environ:
+        pytest.skip('TIMM_SCRIPTS names no checkout of timm, which has train.py')
+    return read_options(train_script())
+
+
+@pytest.mark.parametrize('recipe', RECIPES)
+def test_each_argument_of_train_py_is_compared_or_known_to_be_harmless(options, recipe):
+    """With the real parser: its defaults under a recipe are as in the recipe, and each argument changed by itself is
+    named, unless it is listed as harmless."""
+    def found(**changes):
+        args = {**{name: option.default for name, option in options.items()}, **load_recipe(recipe), **changes}
+        return deviations(TrainingRun(Path('run'), args, (), (), ()), recipe)
+
+    assert found() == []
+    own = {'num_classes', 'pretrained_path', 'class_map', 'train_num_samples', 'val_num_samples'}
+    for name in options.keys() - HARMLESS - (own if recipe == 'finetune' else set()):
+        by_prefix = [used for prefix, used in USED_WITH_BY_PREFIX.items() if name.startswith(prefix)]
+        used_with = USED_WITH.get(name) or (by_prefix[0] if by_prefix else {})
+        assert any(e.startswith(f'{name} another') for e in found(**{**used_with, name: 'another'})), name
+    for name in HARMLESS & options.keys():
+        assert found(**{name: 'another'}) == [], name
+
+
+def test_tables_are_those_of_train_py(options):
+    in_recipes = set(load_recipe('imagenet')) | set(load_recipe('finetune'))
+    known = {name: value for name, value in DEFAULTS.items() if name in options}
+    assert {name: options[name].default for name in known} == known
+    truthy = {name for name, option in options.items() if option.default}
+    assert truthy <= in_recipes | HARMLESS | DEFAULTS.keys()
+    assert not in_recipes & DEFAULTS.keys() and not HARMLESS & DEFAULTS.keys()
+    assert (HARMLESS | DEFAULTS.keys()) - options.keys() <= {'save_epochs'}  # of timm 1.0.31
+
+
+def test_global_batch_size_without_checkpoints_needs_the_world_size(run):
     for path in run.glob('*.pth.tar'):
         path.unlink()
-    assert 'or --gpus' in report(run)['images a step']
-    assert '4 GPUs x batch 256 x accumulation 1 = 1024' in report(run, processes=4)['images a step']
+    assert report(run)['global batch size'].strip() == (
+        'batch size 256 x 1 gradient accumulation step x a world size that no checkpoint records yet: give --gpus')
+    assert report(run)['recipe'].strip() == 'as in imagenet.yaml, as far as can be told without the global batch size'
+    assert 'world size 4 x batch size 256 x 1 gradient accumulation step = global batch size 1024' in (
+        report(run, world_size=4)['global batch size'])
     assert 'no readable checkpoint' in report(run)['publish']
-
-
-@pytest.mark.parametrize('changes, planned', [
-    (dict(), 310),
-    (dict(warmup_prefix=True), 315),
-    (dict(sched='step'), 300),
-    (dict(epochs=20, cooldown_epochs=0), 20),
-])
-def test_epochs_planned(run, changes, planned):
-    write_args(run, **changes)
-    assert read_run(run).epochs_planned == planned
+    assert main(['check-run', str(run), '--gpus', '0']) == 1
 
 
 @pytest.mark.parametrize('top1, loss, found', [
@@ -126,6 +254,23 @@ def test_no_false_alarm(run, top1, loss, first):
     assert symptoms(read_run(run)) == []
 
 
+def test_two_classes_well_above_chance_are_no_false_alarm(run):
+    write_args(run, num_classes=2)
+    write_summary(run, [70] * 8, [5, 4, 3, 2, 1, .9, .8, .7], 10)
+    assert symptoms(read_run(run)) == []
+    write_summary(run, [52] * 8, [5, 4, 3, 2, 1, .9, .8, .7], 10)
+    assert symptoms(read_run(run)) == ['top-1 never left chance (50 %)']
+
+
+def test_health_claims_no_more_than_was_seen(run):
+    for loss, health in (
+            ([5, 4, 3, 2, 1], 'ok: losses are finite and still changing'),
+            ([5, 4, 3, 2], 'ok: losses are finite'),
+            ([''] * 5, 'unknown, no loss is recorded')):
+        write_summary(run, [30, 31, 32, 33, 34][:len(loss)], loss, first=10)
+        assert report(run)['health'].strip() == health
+
+
 def test_resumed_summary_repeats_its_header_and_an_epoch(run):
     write_summary(run, [1, 2, 3])
     with (run / 'summary.csv').open('a') as f:
@@ -140,10 +285,10 @@ def test_model_best_of_a_resumed_run_may_not_be_the_best(run):
     assert f'{run}/checkpoint-5.pth.tar' in report(run)['publish']
 
 
-def test_number_of_gpus_is_that_of_the_latest_checkpoint(run):
+def test_world_size_is_that_of_the_latest_checkpoint(run):
     """A run may be continued on other GPUs; args.yaml is that of the continuation."""
     write_checkpoint(run, 'last.pth.tar', 7, 43., world_size=2)
-    assert '2 GPUs x batch 256' in report(run)['images a step']
+    assert 'world size 2 x batch size 256' in report(run)['global batch size']
 
 
 def test_lower_is_better_for_eval_metric_loss(run):
@@ -160,13 +305,13 @@ def test_lower_is_better_for_eval_metric_loss(run):
     (lambda d: (d / 'model_best.pth.tar').write_bytes(b''), 'model_best.pth.tar cannot be read', None),
     (lambda d: (d / 'model_best.pth.tar').write_bytes((d / 'last.pth.tar').read_bytes()[:5000]),
      'model_best.pth.tar cannot be read', None),
-    (lambda d: torch.save([1], d / 'model_best.pth.tar'), 'model_best.pth.tar is no checkpoint of train.py', None),
+    (lambda d: torch.save([1], d / 'model_best.pth.tar'), 'model_best.pth.tar is not a checkpoint of train.py', None),
 ])
 def test_damaged_files_are_named_and_the_rest_is_reported(run, damage, note, lost, capsys):
     damage(run)
     assert main(['check-run', str(run)]) == 0
     out = capsys.readouterr().out
-    assert f'note:          {note}' in out
+    assert f'note:              {note}' in out
     assert ('unknown without args.yaml' in out) == (lost == 'recipe')
     assert ('no complete epoch yet' in out) == (lost == 'epochs')
     best = 'model_best' if lost else 'checkpoint-5'
@@ -215,15 +360,65 @@ def test_checkpoint_of_another_model_is_not_for_publishing(run):
     assert 'This is not a GmNet' in report(run)['publish']
 
 
-def test_averaged_weights_are_named(run):
+def test_ema_weights_are_named(run):
     state_dict = timm.create_model('gmnet_s1', base_dim=8, depths=(1, 1, 1, 1)).state_dict()
     write_checkpoint(run, 'checkpoint-6.pth.tar', 6, 50., state_dict=state_dict, state_dict_ema=state_dict)
-    assert '(epoch 6, top1 50.00, averaged weights)' in report(run)['publish']
+    assert '(epoch 6, top1 50.00, EMA weights)' in report(run)['publish']
+
+
+@pytest.mark.parametrize('name, value', [
+    ('epochs', 'abc'), ('batch_size', []), ('num_classes', {}), ('warmup_epochs', 'x'), ('model', [1]), ('sched', {}),
+    ('grad_accum_steps', -3), ('lr', {}), ('opt_betas', 'x'), ('resume', {'a': 1}), ('val_split', [1]),
+    ('stop_epoch', []), ('mean', [[[1]]]), ('seed', float('nan')),
+])
+def test_wrong_types_end_in_a_report_that_names_them(run, name, value, capsys):
+    write_args(run, **{name: value})
+    assert main(['check-run', str(run)]) == 0
+    assert len(re.findall(rf'\b{name}\b', capsys.readouterr().out)) >= 1
+
+
+@pytest.mark.parametrize('args', [
+    dict(eval_metric=[1]), dict(eval_metric={}), dict(experiment=[1], resume=1),
+    dict(lr_cycle_limit=2, lr_cycle_mul='x'),
+])
+def test_other_wrong_types_end_in_a_report(run, args):
+    write_args(run, **args)
+    assert len(report(run)) == 7
+
+
+def test_values_cannot_forge_a_line_or_drive_the_terminal(run):
+    write_args(run, model='gmnet_s1\nhealth: ok', aa='\x1b[2Jrand')
+    lines = format_run(read_run(run)).splitlines()
+    assert len(lines) == 7 and all(line.isprintable() for line in lines)
+    assert r'(gmnet_s1\nhealth: ok)' in lines[0]
+
+
+def test_sample_in_the_documentation_is_what_the_command_prints(tmp_path, monkeypatch, capsys):
+    """The numbers in it are those of a rehearsal that was run; everything else follows from its command lines."""
+    text = DOCUMENT.read_text()
+    sample = re.search(r'```text\n(run: .*?)```', text, re.DOTALL)[1]
+    pattern = r'^python "\$TIMM_SCRIPTS/train.py"((?:.*\\\n)*.*--experiment rehearsal)'
+    command = re.search(pattern, text, re.MULTILINE)[1]
+    flags = re.findall(r'--([\w-]+) (\S+)', ' '.join(shlex.split(command.replace('\\\n', ''))))
+    given = {name.replace('-', '_'): yaml.safe_load(value) for name, value in flags}
+    folder = tmp_path / 'runs' / 'rehearsal'
+    folder.mkdir(parents=True)
+    write_args(folder, **{**DEFAULTS, 'model': 'gmnet_s3', **given})
+    (best, best_epoch), (last, last_epoch) = re.findall(r'(?:best|last) ([\d.]+) \(epoch (\d+)\)', sample)
+    top1 = [10.] * (int(last_epoch) + 1)
+    top1[int(best_epoch)], top1[-1] = float(best), float(last)
+    write_summary(folder, top1)
+    weights = timm.create_model('gmnet_s3', num_classes=given['num_classes']).state_dict()
+    write_checkpoint(folder, 'last.pth.tar', int(last_epoch), float(last), 1, weights)
+    write_checkpoint(folder, 'model_best.pth.tar', int(best_epoch), float(best), 1, weights)
+    monkeypatch.chdir(tmp_path)
+    assert main(['check-run', 'runs/rehearsal']) == 0
+    assert capsys.readouterr().out == sample
 
 
 def test_folder_of_something_else(tmp_path, capsys):
     for folder in (tmp_path, tmp_path / 'absent'):
-        with pytest.raises(UserError, match='is no run folder of train.py'):
+        with pytest.raises(UserError, match='is not a run folder of train.py'):
             read_run(folder)
     assert main(['check-run', str(tmp_path)]) == 1
     assert '--experiment' in capsys.readouterr().err
@@ -243,6 +438,31 @@ def test_plot_draws_the_numbers_of_the_summary(run, tmp_path, monkeypatch):
     losses = [7 - .1 * i for i in range(8)]
     assert drawn == [[[losses, losses], [[.1, 5, 15, 25, 35, 45, 44, 43]], [[.001] * 8]]]
     assert (tmp_path / 'run.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_plot_of_a_folder_with_dollar_signs(run):
+    pytest.importorskip('matplotlib')
+    folder = run / 'a $1$_{ run'
+    folder.mkdir()
+    write_summary(folder, [1, 2])
+    plot_run(read_run(folder), run / 'run.png')
+    assert (run / 'run.png').stat().st_size > 0
+
+
+def test_plot_and_recipe_do_not_replace_a_pipe(run, capsys):
+    pytest.importorskip('matplotlib')
+    os.mkfifo(run / 'pipe')
+    for argv in (['check-run', str(run), '--plot'], ['recipe', 'gmnet_s1', '--force', '-o']):
+        assert main([*argv, str(run / 'pipe')]) == 1
+        assert 'is not a regular file' in capsys.readouterr().err
+        assert (run / 'pipe').is_fifo()
+
+
+def test_missing_matplotlib_does_not_look_like_an_unhealthy_training(run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    assert main(['check-run', str(run), '--plot', 'run.png']) == 3
+    captured = capsys.readouterr()
+    assert 'health:            ok' in captured.out and "pip install 'gmnet-timm[plot]'" in captured.err
 
 
 def test_plot_says_what_is_missing(run, monkeypatch):

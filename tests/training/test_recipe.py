@@ -4,7 +4,9 @@ import os
 import re
 import shlex
 import subprocess
+import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,14 +75,14 @@ def test_schedule_is_stepped_per_epoch_with_warmup_inside_and_cooldown_after():
 
 @pytest.mark.parametrize('gpus', [1, 2, 3, 6, 8, 16, 64])
 @pytest.mark.parametrize('batch_size', [1, 32, 48, 100, 128, 256, 2048, 4096])
-def test_layout_reaches_the_total_exactly_or_proposes_what_does(gpus, batch_size):
+def test_layout_reaches_the_global_batch_size_exactly_or_proposes_what_does(gpus, batch_size):
     possible = [n for n in range(1, 2049) if gpus * batch_size * n == 2048]
     if possible:
-        assert plan_layout(gpus, batch_size).accumulation == possible[0]
+        assert plan_layout(gpus, batch_size).grad_accum_steps == possible[0]
         return
     with pytest.raises(RecipeError) as e:
         plan_layout(gpus, batch_size)
-    proposals = re.findall(r'--gpus (\d+) --batch-size (\d+) \(accumulation (\d+)\)', str(e.value))
+    proposals = re.findall(r'--gpus (\d+) --batch-size (\d+) \(--grad-accum-steps (\d+)\)', str(e.value))
     assert proposals
     assert {int(g) * int(b) * int(a) for g, b, a in proposals} == {2048}
     if 2048 % gpus == 0:
@@ -90,18 +92,19 @@ def test_layout_reaches_the_total_exactly_or_proposes_what_does(gpus, batch_size
         assert abs(int(proposals[0][1]) - batch_size) == nearest
 
 
-def test_layout_takes_only_the_right_accumulation_and_even_nodes():
-    assert plan_layout(2, 256, accumulation=4).total == 2048
-    with pytest.raises(RecipeError, match=r'accumulation 3 = 1536 images a step, not 2048.*accumulation 4'):
-        plan_layout(2, 256, accumulation=3)
+def test_layout_takes_only_the_right_gradient_accumulation_and_even_nodes():
+    assert plan_layout(2, 256, grad_accum_steps=4).global_batch_size == 2048
+    with pytest.raises(RecipeError, match=r'= global batch size 1536, not 2048.*--grad-accum-steps 4'):
+        plan_layout(2, 256, grad_accum_steps=3)
     with pytest.raises(RecipeError, match='spread evenly'):
         plan_layout(8, 256, nodes=3)
-    with pytest.raises(RecipeError, match='whole numbers'):
-        plan_layout(0, 256)
+    for gpus in (0, 10 ** 12):  # of the latter, looking for divisors would take for ever
+        with pytest.raises(RecipeError, match='whole numbers from 1 to 1,000,000'):
+            plan_layout(gpus, 256, scale_lr=True)
 
 
 def test_scale_lr_keeps_the_learning_rate_per_image():
-    layout = plan_layout(3, 100, scale_lr=True, accumulation=2)
+    layout = plan_layout(3, 100, scale_lr=True, grad_accum_steps=2)
     scaled, base = yaml.safe_load(compose_recipe('gmnet_s1', layout)), load_recipe('imagenet')
     for key in ('lr', 'warmup_lr', 'min_lr'):
         assert scaled[key] / 600 == pytest.approx(base[key] / 2048, rel=1e-5), key
@@ -113,7 +116,9 @@ def test_composed_recipe_changes_nothing_else_and_keeps_the_comments():
     assert yaml.safe_load(text) == {
         **load_recipe('imagenet'), 'model': 'gmnet_s4', 'batch_size': 256, 'grad_accum_steps': 4}
     assert text.count('# interpretation') == 5
-    assert '2 GPUs x batch 256 x accumulation 4 = 2048 images a step' in text.splitlines()[0]
+    assert text.splitlines()[0] == (
+        '# gmnet_s4, recipe imagenet: '
+        'world size 2 x batch size 256 x 4 gradient accumulation steps = global batch size 2048.')
     with pytest.raises(RecipeError, match='does not set momentun'):
         compose_recipe('gmnet_s4', plan_layout(2, 256), momentun=1)
 
@@ -125,16 +130,17 @@ def test_composed_values_survive_yaml(value):
 
 
 @pytest.mark.parametrize('gpus, nodes', [(1, 1), (2, 1), (8, 2), (64, 8), (6, 1)])
-def test_every_command_line_has_the_total(gpus, nodes):
-    layout = plan_layout(gpus, 16, nodes=nodes, scale_lr=True, accumulation=3)
+def test_every_command_line_has_the_global_batch_size(gpus, nodes):
+    layout = plan_layout(gpus, 16, nodes=nodes, scale_lr=True, grad_accum_steps=3)
     commands = launch_commands(layout, 'my recipe.yaml', 'run', '/data/my images')
     assert len(commands) == (1 if gpus == 1 else 3)
     for command in commands.values():
         argv = shlex.split(command)
         number = {flag: int(value) for flag, value in re.findall(r'--(nnodes|nproc_per_node)=(\d+)', command)}
         processes = number.get('nnodes', 1) * number.get('nproc_per_node', 1)
-        override = argv[argv.index('--grad-accum-steps') + 1] if '--grad-accum-steps' in argv else layout.accumulation
-        assert processes * 16 * int(override) == layout.total
+        flag = '--grad-accum-steps'
+        steps = argv[argv.index(flag) + 1] if flag in argv else layout.grad_accum_steps
+        assert processes * 16 * int(steps) == layout.global_batch_size
         assert argv[argv.index('-c') + 1] == 'my recipe.yaml'
         assert argv[argv.index('--data-dir') + 1] == '/data/my images'
 
@@ -164,6 +170,23 @@ def test_slurm_script_runs_and_resumes(tmp_path):
     assert run() == [*argv, '--resume', 'runs/gmnet_s3/last.pth.tar']
 
 
+def test_slurm_script_asks_for_a_time_and_says_what_else_a_cluster_may_want():
+    lines = slurm_script(plan_layout(8, 256), 's3.yaml', 'gmnet_s3').splitlines()
+    directives = [line for line in lines if line.startswith('#SBATCH ')]
+    assert '#SBATCH --time=24:00:00' in directives and all(line.count(' ') == 1 for line in directives)
+    assert lines.index('##SBATCH --partition=PARTITION') < lines.index('set -euo pipefail')  # sbatch reads no further
+    assert '##SBATCH --account=ACCOUNT' in lines
+
+
+def test_recipe_of_another_model_is_not_called_its_published_one(capsys):
+    assert main(['recipe', 'resnet18']) == 0
+    header = capsys.readouterr().out.split('\nmodel:')[0]
+    assert 'GmNet on ImageNet-1k, as published' not in header and 'GmNet on ImageNet-1k from scratch' not in header
+    assert 'The recipe is made for GmNet, resnet18 is not one.' in header
+    assert main(['recipe', 'gmnet_s2']) == 0
+    assert 'is not one' not in capsys.readouterr().out
+
+
 def test_command_prints_one_yaml_file_with_the_commands_in_it(capsys):
     assert main(['recipe', 'gmnet_s3', '--gpus', '2', '--batch-size', '256']) == 0
     out = capsys.readouterr().out
@@ -184,14 +207,17 @@ def test_command_writes_the_file_and_prints_what_runs_it(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('argv, message', [
-    (['gmnet_s5'], 'gmnet_s1, gmnet_s2, gmnet_s3, gmnet_s4'),
+    (['gmnet_s5'], 'gmnet_s4 or gmnet_s3 or gmnet_s2 or gmnet_s1'),
+    (['vit_tinny'], 'Did you mean vit_tiny_patch16_224'),
+    (['resnt18'], 'Did you mean resnet18'),
+    (['zzzz'], 'gmnet_s1, gmnet_s2, gmnet_s3, gmnet_s4, or hf-hub:OWNER/NAME'),
     ([], 'Which model'),
     (['gmnet_s1', '--gpus', '3'], 'not 2048'),
     (['gmnet_s1', '--recipe', 'cifar'], 'Recipes: imagenet, imagenet-fast, finetune'),
     (['gmnet_s1', '--slurm', '--gpus', '8'], '-o FILE'),
-    (['gmnet_s1', '--weights', 'a.pth'], 'from scratch'),
+    (['gmnet_s1', '--pretrained-path', 'a.pth'], 'from scratch'),
     (['gmnet_s1', '--recipe', 'finetune'], '--num-classes'),
-    (['gmnet_s1', '--recipe', 'finetune', '--num-classes', '3'], '--weights'),
+    (['gmnet_s1', '--recipe', 'finetune', '--num-classes', '3'], '--pretrained-path'),
 ])
 def test_command_refuses_with_what_to_do(argv, message, capsys):
     assert main(['recipe', *argv]) == 1
@@ -199,11 +225,32 @@ def test_command_refuses_with_what_to_do(argv, message, capsys):
 
 
 def test_finetune_command(capsys):
-    assert main(['recipe', 'gmnet_s1', '--recipe', 'finetune', '--num-classes', '3', '--weights', 'a.pth']) == 0
-    recipe = yaml.safe_load(capsys.readouterr().out)
+    argv = ['recipe', 'gmnet_s1', '--recipe', 'finetune', '--num-classes', '3', '--pretrained-path', 'a.pth']
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert 'IMAGENET' not in out and '--data-dir "$DATA_DIR"' in out and '# DATA_DIR: your images' in out
+    recipe = yaml.safe_load(out)
     assert recipe == {**load_recipe('finetune'), 'model': 'gmnet_s1', 'num_classes': 3, 'pretrained_path': 'a.pth'}
     assert recipe['pretrained'] and 0 < recipe['layer_decay'] < 1
     assert recipe['batch_size'] * recipe['grad_accum_steps'] == RECIPES['finetune']
+    assert main([*argv, '--data-dir', 'my images']) == 0
+    out = capsys.readouterr().out
+    assert "--data-dir 'my images'" in out and 'DATA_DIR' not in out
+
+
+def test_recipes_are_read_without_torch_and_timm():
+    """The package itself stands in as an empty one: what it imports is not the subject."""
+    code = (
+        'import sys, types\n'
+        'package = types.ModuleType("gmnet_timm"); package.__path__ = [sys.argv[1]]\n'
+        'sys.modules["gmnet_timm"] = package\n'
+        'import gmnet_timm.training.recipe, gmnet_timm.training.run, gmnet_timm.training.check\n'
+        'import gmnet_timm.cli.training, gmnet_timm.training.train_parser\n'
+        'gmnet_timm.training.recipe.load_recipe("imagenet")\n'
+        'assert not {"torch", "timm"} & sys.modules.keys()\n'
+    )
+    package = Path(compose_recipe.__globals__['__file__']).parents[1]
+    subprocess.run([sys.executable, '-c', code, str(package)], check=True)
 
 
 @pytest.fixture
@@ -231,8 +278,8 @@ def script(tmp_path):
 
 def test_options_are_read_from_the_script(script):
     options = read_options(script)
-    assert options['lr'] == Option('float', None, None, True)
-    assert options['warmup_epochs'] == Option('int', None, None, False)
+    assert options['lr'] == Option('float', None, None, None)
+    assert options['warmup_epochs'] == Option('int', None, None, 5)
     assert options['amp'].type == 'bool'
     assert options['input_size'].nargs == 3
     assert options['kind'].choices == ['soft', 'hard']
@@ -243,22 +290,22 @@ def test_options_are_read_from_the_script(script):
     ('lr: 3.0e-3\nmodel: b\nwarmup_epochs: 3\namp: true\nmean: [0.5]\ninput_size: [1, 2, 3]\nkind: hard', None),
     ('lr: null\nmean: null\nmodel_kwargs: {width: 8}', None),
     ('lr: 1', None),
-    ('warmup_epoch: 3', 'warmup_epoch is no argument of train.py, warmup_epochs is'),
-    ('warmup-epochs: 3', 'warmup-epochs is no argument of train.py, warmup_epochs is'),
-    ('zebra: 3', 'zebra is no argument of train.py'),
-    ('lr: 3e-3', "lr: '3e-3' is no float (YAML needs a point and a sign in it: 3.0e-3)"),
-    ('warmup_epochs: 3.0', 'warmup_epochs: 3.0 is no int'),
-    ('warmup_epochs: true', 'warmup_epochs: True is no int'),
+    ('warmup_epoch: 3', 'warmup_epoch is not an argument of train.py, warmup_epochs is'),
+    ('warmup-epochs: 3', 'warmup-epochs is not an argument of train.py, warmup_epochs is'),
+    ('zebra: 3', 'zebra is not an argument of train.py'),
+    ('lr: 3e-3', "lr: '3e-3' is not a number (YAML needs a point and a sign in it: 3.0e-3)"),
+    ('warmup_epochs: 3.0', 'warmup_epochs: 3.0 is not a whole number'),
+    ('warmup_epochs: true', 'warmup_epochs: True is not a whole number'),
     ('warmup_epochs: null', 'warmup_epochs may not be null'),
-    ('amp: 1', 'amp: 1 is no bool'),
-    ('model: 18', 'model: 18 is no str'),
+    ('amp: 1', 'amp: 1 is not true or false'),
+    ('model: 18', 'model: 18 is not text'),
     ('mean: 0.5', 'mean is a list, not 0.5'),
-    ('mean: [0.5, a]', "mean: 'a' is no float (YAML needs a point and a sign in it: 3.0e-3)"),
+    ('mean: [0.5, a]', "mean: 'a' is not a number (YAML needs a point and a sign in it: 3.0e-3)"),
     ('input_size: [3, 224]', 'input_size has 3 values, not 2'),
-    ('kind: medium', "kind: 'medium' is none of ['soft', 'hard']"),
-    ('model_kwargs: [base_dim=8]', "model_kwargs: ['base_dim=8'] is no mapping"),
-    ('- lr', 'it is no mapping of argument names to values'),
-    ('', 'it is no mapping of argument names to values'),
+    ('kind: medium', "kind: 'medium' is not one of ['soft', 'hard']"),
+    ('model_kwargs: [base_dim=8]', "model_kwargs: ['base_dim=8'] is not a mapping"),
+    ('- lr', 'it is not a mapping of argument names to values'),
+    ('', 'it is not a mapping of argument names to values'),
 ])
 def test_check_config_finds_what_train_would_misread(script, text, problem):
     problems = check_config(yaml.safe_load(text), read_options(script))
@@ -269,7 +316,7 @@ def test_check_command(script, tmp_path, capsys):
     path = tmp_path / 'mine.yaml'
     path.write_text('lr: 0.1\nwarmup_epoch: 3\n')
     assert main(['recipe', '--check', str(path), '--train-script', script]) == 1
-    assert 'warmup_epoch is no argument' in capsys.readouterr().out
+    assert 'warmup_epoch is not an argument' in capsys.readouterr().out
     path.write_text('lr: 0.1\n')
     assert main(['recipe', '--check', str(path), '--train-script', script]) == 0
 

@@ -22,8 +22,9 @@ from timm.models import load_state_dict, save_for_hf
 import gmnet_timm.training.recipe
 from gmnet_timm.checkpoint.architecture import infer_architecture
 from gmnet_timm.demo.photos import PHOTOS, prepare_photo_patches
+from gmnet_timm.training.check import deviations, symptoms
 from gmnet_timm.training.recipe import RECIPES, compose_recipe, load_recipe, plan_layout
-from gmnet_timm.training.run import read_run, symptoms
+from gmnet_timm.training.run import read_run
 from gmnet_timm.training.train_parser import check_config, read_options
 
 SCRIPTS = os.environ.get('TIMM_SCRIPTS')
@@ -143,7 +144,7 @@ def test_check_knows_the_real_parser(work, recipe):
     composed = yaml.safe_load(compose_recipe('gmnet_s2', plan_layout(3, 7, scale_lr=True), recipe))
     assert check_config(composed, options) == []
     assert check_config({**composed, 'warmup_epoch': 5}, options) == [
-        'warmup_epoch is no argument of train.py, warmup_epochs is']
+        'warmup_epoch is not an argument of train.py, warmup_epochs is']
 
 
 @pytest.mark.slow
@@ -153,7 +154,11 @@ def test_published_recipe_trains_and_learns(trained):
     assert rows[-1]['train_loss'] < rows[0]['train_loss'] - .2
     assert max(row['eval_top1'] for row in rows) > 3 * 100 / len(CLASSES)  # three times chance
     run = read_run(trained)
-    assert run.processes == 1 and run.epochs_planned == 9 and symptoms(run) == []
+    assert run.world_size == 1 and run.epochs_planned == 9 and symptoms(run) == [] and run.notes == ()
+    assert run.best_checkpoint.metric == run.best_epoch.top1 == max(row['eval_top1'] for row in rows)
+    assert run.last_checkpoint.path.name == 'last.pth.tar' and run.last_checkpoint.args['model'] == 'gmnet_s1'
+    assert [deviation.split(' ')[0] for deviation in deviations(run)] == [
+        'num_classes', 'img_size', 'batch_size', 'epochs', 'warmup_epochs', 'cooldown_epochs', 'global']
 
 
 @pytest.mark.slow
@@ -272,7 +277,7 @@ def test_torchrun_trains_on_two_processes(train):
     folder = train('two', *TINY, *ONE_EPOCH, processes=2)
     assert checkpoint(folder)['args'].world_size == 2
     run = read_run(folder)
-    assert run.processes == 2 and len(run.epochs) == 1
+    assert run.world_size == 2 and len(run.epochs) == 1
     steps = next(iter(checkpoint(folder)['optimizer']['state'].values()))['step']
     assert steps == 40 * len(CLASSES) // (2 * 32)  # each process sees half of the images
 

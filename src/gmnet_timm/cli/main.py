@@ -9,7 +9,7 @@ import sys
 
 from gmnet_timm import __version__
 from gmnet_timm.cli import demo, frequency, models, publishing, training
-from gmnet_timm.errors import UserError, printable
+from gmnet_timm.errors import MissingExtraError, UserError, printable
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -19,8 +19,8 @@ def main(argv: list[str] | None = None) -> int:
         argv: Arguments, those of the process if None.
 
     Returns:
-        Exit status: 0 for success, 1 for an error that the user can fix, 2 for wrong arguments, 130 after Ctrl-C,
-        141 if nobody reads what is printed.
+        Exit status: 0 for success, 1 for an error that the user can fix, 2 for wrong arguments, 3 for a missing extra,
+        130 after Ctrl-C, 141 if nobody reads what is printed.
     """
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):  # a terminal of another encoding gets escapes instead of a failure
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
         return status
     except UserError as e:
         print(f'error: {printable(str(e))}', file=sys.stderr)
-        return 1
+        return 3 if isinstance(e, MissingExtraError) else 1
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
         return 130

@@ -1,9 +1,12 @@
-"""`gmnet-timm recipe` and `check-run`."""
+"""`gmnet-timm recipe` and `gmnet-timm check-run`."""
 import argparse
+import difflib
 import sys
+from typing import Any
 
 from gmnet_timm.errors import UserError
-from gmnet_timm.files import write_text
+
+__all__ = ['add_commands']
 
 
 def add_commands(commands) -> None:
@@ -22,12 +25,15 @@ def _add_recipe(commands) -> None:
     parser.add_argument('--recipe', default='imagenet', help='imagenet, imagenet-fast or finetune (default: imagenet)')
     parser.add_argument('--gpus', type=int, default=1, help='GPUs over all nodes (default: 1)')
     parser.add_argument('--nodes', type=int, default=1, help='machines (default: 1)')
-    parser.add_argument('--batch-size', type=int, default=256, help='images a GPU and forward pass (default: 256)')
-    parser.add_argument('--accumulation', type=int, help='forward passes a step (default: what the recipe needs)')
-    parser.add_argument('--scale-lr', action='store_true', help='any total, at the same learning rate per image')
+    parser.add_argument('--batch-size', type=int, default=256, help='images per GPU and forward pass (default: 256)')
+    parser.add_argument(
+        '--grad-accum-steps', type=int, help='gradient accumulation steps (default: what the recipe needs)')
+    parser.add_argument(
+        '--scale-lr', action='store_true', help='any global batch size, at the same learning rate per image')
     parser.add_argument('--num-classes', type=int, help='number of classes, required by finetune')
-    parser.add_argument('--weights', metavar='FILE', help='GmNet checkpoint that finetune starts from')
-    parser.add_argument('--data-dir', help='folder of the images in the printed commands (default: $IMAGENET)')
+    parser.add_argument('--pretrained-path', metavar='FILE', help='checkpoint that finetune starts from')
+    parser.add_argument(
+        '--data-dir', help='folder of the images in the printed commands (default: $IMAGENET, $DATA_DIR for finetune)')
     parser.add_argument('-o', '--output', metavar='FILE', help='write the YAML there and print the commands')
     parser.add_argument('--force', action='store_true', help='replace an existing file')
     parser.add_argument('--slurm', action='store_true', help='print a Slurm batch script for the file of -o')
@@ -37,19 +43,17 @@ def _add_recipe(commands) -> None:
 
 
 def _run_recipe(args: argparse.Namespace) -> int:
-    """Write a training recipe whose GPUs x batch size x accumulation is the published number of images a step."""
-    from timm.models import is_model, list_models
-
+    """Write a training recipe whose GPUs x batch size x gradient accumulation steps is the published global batch size.
+    """
+    from gmnet_timm.files import write_text
     from gmnet_timm.training import recipe as recipes
 
     if args.check is not None:
         return _check_recipe(args)
-    # A name with a scheme, such as hf-hub:, is resolved by train.py
-    if args.model is None or not (is_model(args.model) or ':' in args.model):
-        raise UserError(f'Which model? {", ".join(list_models("gmnet*"))}, or hf-hub:OWNER/NAME.')
+    _check_model(args.model)
     layout = recipes.plan_layout(
-        args.gpus, args.batch_size, total=recipes.images_a_step(args.recipe), accumulation=args.accumulation,
-        nodes=args.nodes, scale_lr=args.scale_lr)
+        args.gpus, args.batch_size, total=recipes.global_batch_size(args.recipe),
+        grad_accum_steps=args.grad_accum_steps, nodes=args.nodes, scale_lr=args.scale_lr)
     text = recipes.compose_recipe(args.model, layout, args.recipe, **_recipe_values(args))
     if args.slurm and args.output is None:
         raise UserError('--slurm needs -o FILE: the batch script names the YAML file.')
@@ -57,8 +61,10 @@ def _run_recipe(args: argparse.Namespace) -> int:
     run = recipes.run_name(args.model, args.recipe)
     commands = ''.join(
         f'# {where}:\n{command}\n'
-        for where, command in recipes.launch_commands(layout, config, run, args.data_dir).items()
+        for where, command in recipes.launch_commands(layout, config, run, args.data_dir, args.recipe).items()
     )
+    if args.recipe == 'finetune' and args.data_dir is None:
+        commands = f'# DATA_DIR: your images, as train/CLASS/* and validation/CLASS/*\n{commands}'
     if args.output is None:
         print(text)
         print('# To train, with the above in recipe.yaml:')
@@ -66,18 +72,35 @@ def _run_recipe(args: argparse.Namespace) -> int:
         return 0
     write_text(args.output, text, force=args.force)
     print(f'{args.output}: {layout}', file=sys.stderr)
-    print(recipes.slurm_script(layout, config, run, args.data_dir) if args.slurm else commands, end='')
+    print(recipes.slurm_script(layout, config, run, args.data_dir, args.recipe) if args.slurm else commands, end='')
     return 0
 
 
-def _recipe_values(args: argparse.Namespace) -> dict:
-    if args.recipe != 'finetune' and args.weights is not None:
-        raise UserError('--weights is for --recipe finetune. The ImageNet recipes train from scratch.')
+def _check_model(name: str | None) -> None:
+    from timm.models import is_model, list_models
+
+    ours = f'{", ".join(list_models("gmnet*"))}, or hf-hub:OWNER/NAME'
+    if name is None:
+        raise UserError(f'Which model? {ours}.')
+    if ':' in name or is_model(name):  # train.py resolves a name with a scheme
+        return
+    # The names themselves and as long a piece of each, so that vit_tinny is near vit_tiny_patch16_224
+    names = list_models()
+    pieces = {known[:len(name)]: known for known in reversed(names)} | {known: known for known in names}
+    near = dict.fromkeys(pieces[piece] for piece in difflib.get_close_matches(name, pieces, n=4))
+    hint = f'Did you mean {" or ".join(near)}?' if near else f'Models of this package: {ours}.'
+    raise UserError(f'timm knows no model {name}. {hint}')
+
+
+def _recipe_values(args: argparse.Namespace) -> dict[str, Any]:
+    if args.recipe != 'finetune' and args.pretrained_path is not None:
+        raise UserError('--pretrained-path is for --recipe finetune. The ImageNet recipes train from scratch.')
     if args.recipe == 'finetune' and args.num_classes is None:
         raise UserError('finetune needs --num-classes, the number of classes of your data.')
-    if args.recipe == 'finetune' and args.weights is None and ':' not in args.model:
-        raise UserError('finetune needs --weights FILE, or a model hf-hub:OWNER/NAME: it starts from trained weights.')
-    values = dict(num_classes=args.num_classes, pretrained_path=args.weights)
+    if args.recipe == 'finetune' and args.pretrained_path is None and ':' not in args.model:
+        raise UserError(
+            'finetune starts from trained weights: give --pretrained-path FILE, or a model hf-hub:OWNER/NAME.')
+    values = dict(num_classes=args.num_classes, pretrained_path=args.pretrained_path)
     return {key: value for key, value in values.items() if value is not None}
 
 
@@ -101,17 +124,20 @@ def _add_check_run(commands) -> None:
     )
     parser.add_argument('run_dir', help='folder with args.yaml, summary.csv and checkpoints')
     parser.add_argument('--recipe', default='imagenet', help='recipe to compare with (default: imagenet)')
-    parser.add_argument('--gpus', type=int, help='GPUs that train, for as long as no checkpoint says it')
+    parser.add_argument('--gpus', type=int, help='world size (number of GPUs) until a checkpoint records it')
     parser.add_argument('--plot', metavar='PNG', help='draw loss, top-1 and learning rate (needs the extra plot)')
     parser.set_defaults(run=_run_check_run)
 
 
 def _run_check_run(args: argparse.Namespace) -> int:
-    """Read a run folder of train.py. The exit status is 1 if the training is not well."""
-    from gmnet_timm.training.recipe import images_a_step
-    from gmnet_timm.training.run import format_run, plot_run, read_run, symptoms
+    """Read a run folder of train.py. The exit status is 1 if the training looks unhealthy."""
+    from gmnet_timm.training.check import format_run, plot_run, symptoms
+    from gmnet_timm.training.recipe import global_batch_size
+    from gmnet_timm.training.run import read_run
 
-    images_a_step(args.recipe)  # refuses a name that is no recipe
+    global_batch_size(args.recipe)  # refuses a name that is not a recipe's
+    if args.gpus is not None and args.gpus < 1:
+        raise UserError('--gpus is a whole number from 1 on.')
     run = read_run(args.run_dir)
     print(format_run(run, args.recipe, args.gpus))
     if args.plot is not None:

@@ -5,9 +5,7 @@ structure, on rows of them that it has not seen. What it does not: how well GmNe
 and anything about its quality on ImageNet.
 """
 import argparse
-import csv
 import importlib.util
-import io
 import random
 import sys
 import time
@@ -35,6 +33,7 @@ from gmnet_timm.files import write_text, writing
 from gmnet_timm.publishing.folder import save_folder
 from gmnet_timm.publishing.publication import collect_publication
 from gmnet_timm.source import read_source
+from gmnet_timm.training.run import ARGS_NAME, SUMMARY_NAME, read_args, read_summary
 
 __all__ = ['DemoReport', 'run_demo']
 
@@ -114,7 +113,7 @@ def run_demo(
         data = prepare_photo_patches(output / 'data', patches=settings['patches'], seed=settings['seed'])
         args = _train_args(settings, data, device, workers)
         run.mkdir(exist_ok=True)
-        write_text(run / 'args.yaml', yaml.safe_dump(vars(args)))
+        write_text(run / ARGS_NAME, yaml.safe_dump(vars(args)))
     try:
         top1, best_epoch = _train(args, run)
         model = _export(run, data, output / 'model')
@@ -125,7 +124,7 @@ def run_demo(
     return DemoReport(
         data=data.root,
         run=run,
-        summary=run / 'summary.csv',
+        summary=run / SUMMARY_NAME,
         best_checkpoint=run / 'model_best.pth.tar',
         model=output / 'model',
         prediction_grid=sheet,
@@ -155,9 +154,9 @@ def _new_settings(run: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 def _resumed_settings(run: Path, given: dict[str, Any]) -> dict[str, Any]:
     try:
-        recorded = yaml.safe_load((run / 'args.yaml').read_text())
-    except OSError as e:
-        raise UserError(f'There is no run to resume in {run}: {e.strerror}') from e
+        recorded = read_args(run / ARGS_NAME)
+    except UserError as e:
+        raise UserError(f'There is no run to resume in {run}: {e}') from e
     for name, value in given.items():
         if value != recorded[name]:
             raise UserError(f'The run in {run} has {name} {recorded[name]}, it cannot be resumed with {value}')
@@ -232,7 +231,7 @@ def _train(args: argparse.Namespace, run: Path) -> tuple[float, int]:
                 epoch,
                 train_metrics,
                 metrics,
-                run / 'summary.csv',
+                run / SUMMARY_NAME,
                 lr=optimizer.param_groups[0]['lr'],
                 write_header=epoch == 0,
             )
@@ -280,9 +279,8 @@ def _restore(task: ClassificationTask, optimizer, saver: CheckpointSaver, run: P
     except (OSError, RuntimeError, EOFError, KeyError) as e:
         raise UserError(f'{last} is damaged. Copy the newest {run}/checkpoint-*.pth.tar over it and go on.') from e
     with writing(run, GO_ON):
-        rows = _trim_summary(run / 'summary.csv', start)
+        top1 = _trim_summary(run / SUMMARY_NAME, start)
         if start:
-            top1 = {int(row['epoch']): float(row['eval_top1']) for row in rows}
             if len(top1) < start:
                 raise UserError(f'{run} cannot be resumed, summary.csv lacks some of its {start} finished epochs')
             files = [(str(run / f'checkpoint-{epoch}.pth.tar'), top1[epoch]) for epoch in range(start - 1)]
@@ -295,19 +293,14 @@ def _restore(task: ClassificationTask, optimizer, saver: CheckpointSaver, run: P
     return start
 
 
-def _trim_summary(path: Path, epochs: int) -> list[dict[str, str]]:
-    """Drop the rows of epochs that have no checkpoint."""
+def _trim_summary(path: Path, epochs: int) -> dict[int, float]:
+    """Drop the lines of epochs that have no checkpoint, returns top-1 (percent) of the others by epoch."""
     if not path.exists():
-        return []
-    with path.open(newline='') as f:
-        rows = [row for row in csv.DictReader(f) if int(row['epoch']) < epochs]
-    text = io.StringIO(newline='')
-    if rows:
-        writer = csv.DictWriter(text, rows[0].keys())
-        writer.writeheader()
-        writer.writerows(rows)
-    write_text(path, text.getvalue())
-    return rows
+        return {}
+    header, *lines = path.read_text().splitlines(keepends=True) or ['']
+    kept = [line for line in lines if line.partition(',')[0].isdigit() and int(line.partition(',')[0]) < epochs]
+    write_text(path, ''.join([header, *kept]) if kept else '')
+    return {epoch.epoch: epoch.top1 for epoch in read_summary(path)[0] if epoch.top1 is not None}
 
 
 def _export(run: Path, data: PhotoPatches, folder: Path) -> nn.Module:

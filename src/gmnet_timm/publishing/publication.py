@@ -9,6 +9,7 @@ from gmnet_timm.checkpoint.config import CARD_NAME, read_text
 from gmnet_timm.checkpoint.reading import CheckpointError
 from gmnet_timm.errors import UserError
 from gmnet_timm.source import Source
+from gmnet_timm.training.run import SUMMARY_NAME, is_finite, read_summary
 
 __all__ = ['Metric', 'Publication', 'collect_publication']
 
@@ -88,20 +89,21 @@ def _find_metrics(source: Source, given: dict[str, float], results_file: str | N
         if len(rows) != 1:
             raise UserError(f'{results_file} has {len(rows)} results, it has to have the one of these weights.')
         return _metrics(rows[0], f'validate.py ({Path(results_file).name})'), []
-    summary = source.folder / 'summary.csv' if source.folder is not None else None
+    summary = source.folder / SUMMARY_NAME if source.folder is not None else None
     if summary is None or not summary.is_file():
         return [], []
     # train.py evaluates the EMA weights as soon as there are some, unless they are kept on the CPU
     ranked_by_ema = bool(source.run_args.get('model_ema')) and not source.run_args.get('model_ema_force_cpu')
     if ranked_by_ema != source.checkpoint.ema:
         evaluated = 'the EMA weights' if ranked_by_ema else 'the weights without EMA'
-        return [], [f'The accuracies in summary.csv are of {evaluated}, not of these.']
-    rows = [row for row in _read_csv(summary) if row.get('epoch') == str(source.checkpoint.metadata.get('epoch'))]
-    if not rows:
-        return [], ["summary.csv has no row for the checkpoint's epoch."]
-    # a resumed run repeats epochs, the last one counts
-    row = {key: rows[-1].get(f'eval_{key}') for key in _METRIC_NAMES}
-    return _metrics(row, f'train.py (summary.csv, epoch {rows[-1]["epoch"]})'), []
+        return [], [f'The accuracies in {SUMMARY_NAME} are of {evaluated}, not of these.']
+    epochs, _ = read_summary(summary)
+    number = source.checkpoint.metadata.get('epoch')
+    epoch = next((epoch for epoch in epochs if epoch.epoch == number), None)
+    if epoch is None:
+        return [], [f"{SUMMARY_NAME} has no row for the checkpoint's epoch."]
+    found = {name: value for name in _METRIC_NAMES if is_finite(value := getattr(epoch, name))}
+    return _metrics(found, f'train.py ({SUMMARY_NAME}, epoch {epoch.epoch})'), []
 
 
 def _read_csv(path: Path) -> list[dict[str, str]]:

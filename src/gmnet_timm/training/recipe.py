@@ -1,90 +1,109 @@
 """Recipes for timm's train.py, fitted to the GPUs at hand.
 
-A recipe is a YAML file for `train.py -c`. What stays fixed when the number of GPUs changes is the number of images a
-step: GPUs x batch size x accumulation. The published one is 2048.
+A recipe is a YAML file for `train.py -c`. What stays fixed when the number of GPUs changes is the global batch size:
+world size x batch size x gradient accumulation steps. The published one is 2048.
 """
 import dataclasses
 import re
 import shlex
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import yaml
 
 from gmnet_timm.errors import UserError
+from gmnet_timm.yaml_file import read_yaml
 
 __all__ = [
-    'RECIPES', 'Layout', 'RecipeError', 'compose_recipe', 'images_a_step', 'launch_commands', 'load_recipe',
+    'RECIPES', 'Layout', 'RecipeError', 'compose_recipe', 'global_batch_size', 'launch_commands', 'load_recipe',
     'plan_layout', 'run_name', 'slurm_script',
 ]
 
-# recipe -> images a step that its learning rates are for
+# recipe -> global batch size that its learning rates are for
 RECIPES = {'imagenet': 2048, 'imagenet-fast': 2048, 'finetune': 256}
 
 _LEARNING_RATES = ('lr', 'warmup_lr', 'min_lr')  # scaled alike, so that the schedule keeps its form
 
+_MAX_NUMBER = 1_000_000
+
 
 class RecipeError(UserError, ValueError):
-    """A recipe that cannot be had as asked."""
+    """A recipe that cannot be composed as asked."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """How the images of one optimizer step are spread."""
+    """How the images of one optimizer step are spread.
 
-    gpus: int  # over all nodes, one process each
-    batch_size: int  # a process
-    accumulation: int = 1
+    Attributes:
+        world_size: Number of processes over all nodes, one per GPU.
+        batch_size: Images per process and forward pass.
+        grad_accum_steps: Gradient accumulation steps, the forward passes per optimizer step.
+        nodes: Number of machines.
+    """
+
+    world_size: int
+    batch_size: int
+    grad_accum_steps: int = 1
     nodes: int = 1
 
     @property
-    def total(self) -> int:
-        """Images a step."""
-        return self.gpus * self.batch_size * self.accumulation
+    def global_batch_size(self) -> int:
+        """Images per optimizer step."""
+        return self.world_size * self.batch_size * self.grad_accum_steps
+
+    @property
+    def per_process(self) -> str:
+        """The factors that do not depend on the world size."""
+        return f'batch size {self.batch_size} x {_number_of(self.grad_accum_steps, "gradient accumulation step")}'
 
     def __str__(self) -> str:
-        return (
-            f'{_count(self.gpus, "GPU")} x batch {self.batch_size} x accumulation {self.accumulation} = '
-            f'{self.total} images a step'
-        )
+        return f'world size {self.world_size} x {self.per_process} = global batch size {self.global_batch_size}'
 
 
 def plan_layout(
-        gpus: int,
+        world_size: int,
         batch_size: int,
         *,
         total: int = RECIPES['imagenet'],
-        accumulation: Optional[int] = None,
+        grad_accum_steps: int | None = None,
         nodes: int = 1,
         scale_lr: bool = False,
 ) -> Layout:
-    """Find the accumulation that makes a number of GPUs and a batch size add up to a recipe's images a step.
+    """Find the gradient accumulation steps with which GPUs and a batch size reach a recipe's global batch size.
 
     Args:
-        gpus: Number of GPUs over all nodes.
-        batch_size: Images a GPU and forward pass.
-        total: Images a step to reach exactly.
-        accumulation: Forward passes a step, worked out from `total` if None.
+        world_size: Number of GPUs over all nodes.
+        batch_size: Images per GPU and forward pass.
+        total: Global batch size to reach exactly.
+        grad_accum_steps: Gradient accumulation steps, worked out from `total` if None.
         nodes: Number of machines, each with the same number of GPUs.
-        scale_lr: Accept any total, the learning rate will follow it. `accumulation` is 1 unless given.
+        scale_lr: Accept any global batch size, the learning rates will follow it. `grad_accum_steps` is 1 unless given.
 
     Raises:
-        RecipeError: The total cannot be reached exactly. The message names the nearest that can.
+        RecipeError: The global batch size cannot be reached exactly. The message names the nearest that can.
     """
-    if min(gpus, batch_size, nodes, 1 if accumulation is None else accumulation) < 1:
-        raise RecipeError('GPUs, nodes, batch size and accumulation are whole numbers from 1 on.')
-    if gpus % nodes:
-        raise RecipeError(f'{gpus} GPUs cannot be spread evenly over {nodes} nodes: --gpus counts those of all nodes.')
+    numbers = (world_size, batch_size, nodes, 1 if grad_accum_steps is None else grad_accum_steps)
+    if min(numbers) < 1 or max(numbers) > _MAX_NUMBER:
+        raise RecipeError(
+            f'GPUs, nodes, batch size and gradient accumulation steps are whole numbers from 1 to {_MAX_NUMBER:,}.')
+    if world_size % nodes:
+        raise RecipeError(
+            f'{world_size} GPUs cannot be spread evenly over {nodes} nodes: --gpus counts those of all nodes.')
     if scale_lr:
-        return Layout(gpus, batch_size, accumulation or 1, nodes)
-    layout = Layout(gpus, batch_size, accumulation or max(1, total // (gpus * batch_size)), nodes)
-    if layout.total != total:
+        return Layout(world_size, batch_size, grad_accum_steps or 1, nodes)
+    layout = Layout(world_size, batch_size, grad_accum_steps or max(1, total // (world_size * batch_size)), nodes)
+    if layout.global_batch_size != total:
         raise RecipeError(f'{layout}, not {total}. {_proposal(layout, total)}')
     return layout
 
 
-def images_a_step(recipe: str) -> int:
-    """Images a step that a recipe's learning rates are for."""
+def global_batch_size(recipe: str) -> int:
+    """Global batch size that a recipe's learning rates are for.
+
+    Raises:
+        RecipeError: There is no such recipe.
+    """
     if recipe not in RECIPES:
         raise RecipeError(f'There is no recipe {recipe}. Recipes: {", ".join(RECIPES)}.')
     return RECIPES[recipe]
@@ -96,15 +115,15 @@ def run_name(model: str, recipe: str) -> str:
     return name if recipe == 'imagenet' else f'{name}-{recipe}'
 
 
-def load_recipe(name: str) -> Dict[str, Any]:
+def load_recipe(name: str) -> dict[str, Any]:
     """The arguments of a recipe as train.py reads them, by their names in the parser's namespace."""
-    return yaml.safe_load(_recipe_text(name))
+    return read_yaml(_recipe_path(name))
 
 
 def compose_recipe(model: str, layout: Layout, recipe: str = 'imagenet', **values: Any) -> str:
     """Fit a recipe to a model and a layout.
 
-    Learning rates are scaled by the layout's images a step over the recipe's: unchanged where the two agree.
+    Learning rates are multiplied by the layout's global batch size over the recipe's: unchanged where the two agree.
 
     Args:
         model: Model name.
@@ -118,51 +137,71 @@ def compose_recipe(model: str, layout: Layout, recipe: str = 'imagenet', **value
     Raises:
         RecipeError: A value for something that the recipe does not set.
     """
-    text = _recipe_text(recipe)
-    values.update(model=model, batch_size=layout.batch_size, grad_accum_steps=layout.accumulation)
-    scale = layout.total / RECIPES[recipe]
+    text = _recipe_path(recipe).read_text(encoding='utf-8')
+    values.update(model=model, batch_size=layout.batch_size, grad_accum_steps=layout.grad_accum_steps)
+    scale = layout.global_batch_size / RECIPES[recipe]
     if scale != 1:
         base = load_recipe(recipe)
         values.update({key: float(f'{base[key] * scale:.6g}') for key in _LEARNING_RATES})
     for key, value in values.items():
         text = _set_value(text, key, value)
-    scaled = '' if scale == 1 else f' Learning rates: {scale:g} times those for {RECIPES[recipe]} images a step.'
-    return f'# {model}, recipe {recipe}: {layout}.{scaled}\n#\n{text}'
+    header = [f'# {model}, recipe {recipe}: {layout}.']
+    if scale != 1:
+        header.append(f'# Learning rates: {scale:g} times those for a global batch size of {RECIPES[recipe]}.')
+    if not model.startswith('gmnet_') and ':' not in model:
+        header.append(f'# The recipe is made for GmNet, {model} is not one.')
+    return '\n'.join([*header, '#', text])
 
 
-def launch_commands(layout: Layout, config: str, run: str, data_dir: Optional[str] = None) -> Dict[str, str]:
-    """Command lines that train with as many images a step as the layout, by what they run on.
+def launch_commands(
+        layout: Layout,
+        config: str,
+        run: str,
+        data_dir: str | None = None,
+        recipe: str = 'imagenet',
+) -> dict[str, str]:
+    """Command lines that train with the layout's global batch size, by what they run on.
 
     Args:
         layout: From `plan_layout`.
         config: Path of the YAML file.
         run: Name of the run folder, below `runs`.
-        data_dir: Folder of the images, `$IMAGENET` if None. `$TIMM_SCRIPTS` is the checkout with train.py.
+        data_dir: Folder of the images; if None a variable, `$IMAGENET` or, for fine-tuning, `$DATA_DIR`.
+            `$TIMM_SCRIPTS` is the checkout with train.py.
+        recipe: A key of `RECIPES`.
     """
-    script = _script_call(config, run, data_dir)
-    one_process = f' --grad-accum-steps {layout.accumulation * layout.gpus}' if layout.gpus > 1 else ''
+    script = _script_call(config, run, data_dir, recipe)
+    one_process = f' --grad-accum-steps {layout.grad_accum_steps * layout.world_size}' if layout.world_size > 1 else ''
     commands = {'one process': f'python {script}{one_process}'}
-    if layout.gpus > 1:
-        commands['one node'] = f'torchrun --standalone --nproc_per_node={layout.gpus} {script}'
-        nodes = layout.nodes if layout.nodes > 1 else _divisors(layout.gpus)[1]
+    if layout.world_size > 1:
+        commands['one node'] = f'torchrun --standalone --nproc_per_node={layout.world_size} {script}'
+        nodes = layout.nodes if layout.nodes > 1 else _divisors(layout.world_size)[1]
         commands[f'{nodes} nodes, the same line on each'] = (
-            f'torchrun --nnodes={nodes} --nproc_per_node={layout.gpus // nodes} --rdzv_id={shlex.quote(run)} '
+            f'torchrun --nnodes={nodes} --nproc_per_node={layout.world_size // nodes} --rdzv_id={shlex.quote(run)} '
             f'--rdzv_backend=c10d --rdzv_endpoint="$HEAD_NODE:29500" {script}'
         )
     return commands
 
 
-def slurm_script(layout: Layout, config: str, run: str, data_dir: Optional[str] = None, workers: int = 8) -> str:
-    """A Slurm batch script that trains on the layout's nodes and goes on from the last epoch when it is queued again.
+def slurm_script(
+        layout: Layout,
+        config: str,
+        run: str,
+        data_dir: str | None = None,
+        recipe: str = 'imagenet',
+        workers: int = 8,
+) -> str:
+    """A Slurm batch script that trains on the layout's nodes and, queued again, resumes after the last epoch.
 
     Args:
         layout: From `plan_layout`.
         config: Path of the YAML file.
         run: Name of the run folder, below `runs`, and of the job.
-        data_dir: Folder of the images, `$IMAGENET` if None.
-        workers: CPU processes that load images for a GPU.
+        data_dir: As for `launch_commands`.
+        recipe: A key of `RECIPES`.
+        workers: CPU processes that load images for each GPU.
     """
-    per_node = layout.gpus // layout.nodes
+    per_node = layout.world_size // layout.nodes
     checkpoint = shlex.quote(f'runs/{run}/last.pth.tar')
     return f'''#!/bin/bash
 # {layout}
@@ -173,6 +212,12 @@ def slurm_script(layout: Layout, config: str, run: str, data_dir: Optional[str] 
 #SBATCH --cpus-per-task={per_node * (workers + 1)}
 #SBATCH --output=%x-%j.log
 #SBATCH --requeue
+# At most what your partition allows. A job that ends here resumes when this script is queued again.
+#SBATCH --time=24:00:00
+# Most clusters want to know where the job may run and who pays for it: name both, and remove one # of each line.
+# `sinfo` lists partitions, `sacctmgr show associations user=$USER` lists accounts.
+##SBATCH --partition=PARTITION
+##SBATCH --account=ACCOUNT
 
 set -euo pipefail
 nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -182,13 +227,13 @@ if [ -e {checkpoint} ]; then resume=(--resume {checkpoint}); fi
 
 srun torchrun --nnodes={layout.nodes} --nproc_per_node={per_node} --rdzv_id="$SLURM_JOB_ID" \\
     --rdzv_backend=c10d --rdzv_endpoint="$HEAD_NODE:29500" \\
-    {_script_call(config, run, data_dir)} "${{resume[@]}}"
+    {_script_call(config, run, data_dir, recipe)} "${{resume[@]}}"
 '''
 
 
-def _recipe_text(name: str) -> str:
-    images_a_step(name)  # refuses a name that is no recipe
-    return Path(__file__).with_name('recipes').joinpath(f'{name}.yaml').read_text(encoding='utf-8')
+def _recipe_path(name: str) -> Path:
+    global_batch_size(name)  # refuses a name that is not a recipe's
+    return Path(__file__).with_name('recipes') / f'{name}.yaml'
 
 
 def _set_value(text: str, key: str, value: Any) -> str:
@@ -202,8 +247,9 @@ def _set_value(text: str, key: str, value: Any) -> str:
     return text
 
 
-def _script_call(config: str, run: str, data_dir: Optional[str]) -> str:
-    data = '"$IMAGENET"' if data_dir is None else shlex.quote(data_dir)
+def _script_call(config: str, run: str, data_dir: str | None, recipe: str) -> str:
+    variable = '"$DATA_DIR"' if recipe == 'finetune' else '"$IMAGENET"'
+    data = variable if data_dir is None else shlex.quote(data_dir)
     return (
         f'"$TIMM_SCRIPTS/train.py" -c {shlex.quote(config)} --data-dir {data} '
         f'--output runs --experiment {shlex.quote(run)}'
@@ -211,24 +257,26 @@ def _script_call(config: str, run: str, data_dir: Optional[str]) -> str:
 
 
 def _proposal(layout: Layout, total: int) -> str:
-    fits = [layout.gpus] if total % layout.gpus == 0 else _around(layout.gpus, _divisors(total))
+    gpus = layout.world_size
+    fits = [gpus] if total % gpus == 0 else _around(gpus, _divisors(total))
     exact = [
-        Layout(gpus, batch_size, total // (gpus * batch_size))
-        for gpus in fits for batch_size in _around(layout.batch_size, _divisors(total // gpus))
+        Layout(world_size, batch_size, total // (world_size * batch_size))
+        for world_size in fits for batch_size in _around(layout.batch_size, _divisors(total // world_size))
     ]
-    other = dataclasses.replace(layout, accumulation=max(1, round(total / (layout.gpus * layout.batch_size))))
-    listed = '; '.join(f'--gpus {e.gpus} --batch-size {e.batch_size} (accumulation {e.accumulation})' for e in exact)
+    other = dataclasses.replace(layout, grad_accum_steps=max(1, round(total / (gpus * layout.batch_size))))
+    listed = '; '.join(
+        f'--gpus {e.world_size} --batch-size {e.batch_size} (--grad-accum-steps {e.grad_accum_steps})' for e in exact)
     return (
-        f'Nearest that give {total}: {listed}. Or another total, at the same learning rate per image: '
-        f'--scale-lr --accumulation {other.accumulation} ({other.total} images a step).'
+        f'Nearest that give {total}: {listed}. Or another global batch size, at the same learning rate per image: '
+        f'--scale-lr --grad-accum-steps {other.grad_accum_steps} (global batch size {other.global_batch_size}).'
     )
 
 
-def _divisors(number: int) -> List[int]:
+def _divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
-def _around(number: int, candidates: List[int]) -> List[int]:
+def _around(number: int, candidates: list[int]) -> list[int]:
     """The nearest of ascending candidates below and above a number, the nearer first, or the number if it is one."""
     if number in candidates:
         return [number]
@@ -237,5 +285,5 @@ def _around(number: int, candidates: List[int]) -> List[int]:
     return sorted(below[-1:] + above[:1], key=lambda c: abs(c - number))
 
 
-def _count(number: int, what: str) -> str:
+def _number_of(number: int, what: str) -> str:
     return f'{number} {what}' + ('' if number == 1 else 's')

@@ -1,393 +1,365 @@
-"""What a run folder of timm's train.py says about the training: how it deviates, how far it is, whether it is well.
+"""The reader of a run folder of timm's train.py: args.yaml, summary.csv and what its checkpoints say of themselves.
 
-Any file of the folder may be missing, empty or half written, because the folder of a killed run is when one asks.
+Each file has a strict reader, which raises (`read_args`, `read_summary`). `read_run` reads the whole folder and turns
+what is missing, half written or damaged into notes, since this is mostly run on folders of killed runs.
 """
 import csv
 import dataclasses
 import math
+import os
+import re
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, TypeGuard, Union
+from typing import Any, TypeGuard
 
-import yaml
+from gmnet_timm.errors import UserError, listed
+from gmnet_timm.yaml_file import read_yaml
 
-from gmnet_timm.checkpoint.reading import holds_ema, read_metadata
-from gmnet_timm.errors import MissingExtraError, UserError
-from gmnet_timm.files import replacing
-from gmnet_timm.training.recipe import RECIPES, Layout, load_recipe
+__all__ = [
+    'ARGS_NAME', 'SUMMARY_NAME', 'Epoch', 'RunCheckpoint', 'TrainingRun', 'epoch_checkpoints', 'is_finite',
+    'read_args', 'read_run', 'read_summary',
+]
 
-__all__ = ['Epoch', 'RunCheckpoint', 'TrainingRun', 'deviations', 'format_run', 'plot_run', 'read_run', 'symptoms']
+ARGS_NAME = 'args.yaml'
+SUMMARY_NAME = 'summary.csv'
 
-# In the recipes, but no part of what was published
-_FREE = {
-    'model', 'pretrained_path', 'batch_size', 'grad_accum_steps', 'workers', 'pin_mem', 'eval_metric',
-    'checkpoint_hist', 'log_interval',
-}
-_FREE_WITHOUT_AMP = {'amp_dtype'}
-_LEARNING_RATES = {'lr', 'warmup_lr', 'min_lr'}
-
-_FLAT_EPOCHS = 5  # this many epochs without movement
-_FLAT_LOSS = 1e-3  # relative to the loss
-_FLAT_TOP1 = .05  # points: 25 of ImageNet's 50,000 validation images
+# Arguments that are whole numbers, of those that this package computes with
+_COUNTS = (
+    'batch_size', 'cooldown_epochs', 'epochs', 'grad_accum_steps', 'lr_cycle_limit', 'num_classes', 'stop_epoch',
+    'warmup_epochs',
+)
+_MAX_COUNT = 10 ** 9
+_MAX_SUMMARY_BYTES = 10_000_000
+_CYCLIC = ('cosine', 'tanh', 'poly')  # schedules that come in cycles
+_WITH_COOLDOWN = (*_CYCLIC, 'wsd', 'rsqrt')
 
 
 @dataclasses.dataclass(frozen=True)
 class Epoch:
-    """A line of summary.csv. Top-1 in percent; None for what was not recorded."""
+    """A line of summary.csv.
+
+    Attributes:
+        epoch: Number of the epoch, from 0.
+        values: The other columns by their names (`train_loss`, `eval_top1`, `lr`, …), without those left empty.
+            Accuracies are in percent. Losses of a diverged training are NaN or infinite.
+    """
 
     epoch: int
-    train_loss: Optional[float]
-    eval_loss: Optional[float]
-    top1: Optional[float]
-    lr: Optional[float]
+    values: dict[str, float]
+
+    @property
+    def train_loss(self) -> float | None:
+        """Mean training loss, None if it was not recorded; the same holds for the properties below."""
+        return self.values.get('train_loss')
+
+    @property
+    def eval_loss(self) -> float | None:
+        """Validation loss."""
+        return self.values.get('eval_loss')
+
+    @property
+    def top1(self) -> float | None:
+        """Validation accuracy in percent."""
+        return self.values.get('eval_top1')
+
+    @property
+    def top5(self) -> float | None:
+        """Validation accuracy in percent."""
+        return self.values.get('eval_top5')
+
+    @property
+    def lr(self) -> float | None:
+        """Learning rate, the mean over the parameter groups."""
+        return self.values.get('lr')
 
 
 @dataclasses.dataclass(frozen=True)
 class RunCheckpoint:
-    """A readable checkpoint file, without its tensors."""
+    """What a readable checkpoint says of itself, without its tensors.
+
+    Attributes:
+        path: The file.
+        epoch: Epoch after which it was written (in which, for recovery checkpoints), from 0.
+        metric: What the run calls its `eval_metric`, None in recovery checkpoints.
+        world_size: Number of processes that trained, one per GPU.
+        ema: Whether it also holds EMA weights.
+        args: Arguments of train.py that it records, {} if it records none.
+    """
 
     path: Path
-    epoch: Optional[int]
-    metric: Optional[float]  # what the run calls its eval_metric, None in recovery checkpoints
-    processes: Optional[int]
-    ema: bool  # it also holds averaged weights
+    epoch: int | None
+    metric: float | None
+    world_size: int | None
+    ema: bool
+    args: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainingRun:
-    """What could be read of a run folder, and in `notes` what could not."""
+    """A run folder.
+
+    Attributes:
+        path: The folder.
+        args: Arguments of train.py as args.yaml has them, of whatever type. {} if that file is missing or damaged.
+        epochs: Lines of summary.csv by ascending epoch. Of a repeated epoch the last line counts.
+        checkpoints: The readable ones, by file name.
+        notes: What could not be read, one sentence for each.
+    """
 
     path: Path
-    args: Dict[str, Any]
-    epochs: Tuple[Epoch, ...]
-    checkpoints: Tuple[RunCheckpoint, ...]
-    notes: Tuple[str, ...]
+    args: dict[str, Any]
+    epochs: tuple[Epoch, ...]
+    checkpoints: tuple[RunCheckpoint, ...]
+    notes: tuple[str, ...]
+
+    def count(self, name: str) -> int | None:
+        """The argument `name` if it is a whole number from 0 on, else None."""
+        return _count(self.args.get(name))
+
+    def epoch(self, number: int | None) -> Epoch | None:
+        """The line of an epoch in summary.csv, such as that of a checkpoint; None if there is none."""
+        return next((epoch for epoch in self.epochs if epoch.epoch == number), None)
 
     @property
-    def processes(self) -> Optional[int]:
-        """GPUs that train, as the latest checkpoint says: args.yaml is written before train.py knows."""
-        known = [c for c in self.checkpoints if c.processes]
-        return max(known, key=lambda c: c.epoch or 0).processes if known else None
+    def eval_metric(self) -> str:
+        """The metric that ranks the checkpoints: 'top1', 'top5' or 'loss', which is that of training without a split
+        to validate on."""
+        return 'loss' if not self.args.get('val_split', 'validation') else str(self.args.get('eval_metric') or 'top1')
 
     @property
-    def epochs_planned(self) -> Optional[int]:
-        """Epochs in all, cool-down included."""
-        args = self.args
-        if args.get('epochs') is None:
+    def world_size(self) -> int | None:
+        """Number of processes, one per GPU, as the latest checkpoint says: args.yaml is written before it is known."""
+        known = [c for c in self.checkpoints if c.world_size]
+        return max(known, key=_recency).world_size if known else None
+
+    @property
+    def epochs_planned(self) -> int | None:
+        """Number of epochs in all, with cool-down and warm-up where they are added; None if args.yaml does not tell."""
+        epochs, sched = self.count('epochs'), self.args.get('sched', 'cosine')
+        if self.count('stop_epoch'):
+            return self.count('stop_epoch')
+        if epochs is None:
             return None
-        cooldown = args.get('cooldown_epochs') if args.get('sched', 'cosine') in ('cosine', 'tanh', 'poly') else 0
-        warmup = args.get('warmup_epochs') if args.get('warmup_prefix') else 0
-        return args.get('stop_epoch') or args['epochs'] + (cooldown or 0) + (warmup or 0)
+        cycles = self.count('lr_cycle_limit') or 1
+        if sched in _CYCLIC and cycles > 1:
+            if self.args.get('lr_cycle_mul', 1) != 1:
+                return None
+            epochs *= cycles
+        cooldown = self.count('cooldown_epochs') if sched in _WITH_COOLDOWN else 0
+        warmup = self.count('warmup_epochs') if self.args.get('warmup_prefix') else 0
+        return epochs + (cooldown or 0) + (warmup or 0)
 
     @property
-    def best_epoch(self) -> Optional[Epoch]:
-        """The epoch with the highest top-1, the earliest of equals."""
-        ranked = [e for e in self.epochs if _finite(e.top1)]
-        return max(ranked, key=lambda e: (_number(e.top1), -e.epoch), default=None)
+    def best_epoch(self) -> Epoch | None:
+        """The epoch with the highest top-1, the earliest of equals; None without any."""
+        ranked = [(epoch.top1, -epoch.epoch, epoch) for epoch in self.epochs if is_finite(epoch.top1)]
+        return max(ranked, key=lambda r: r[:2])[2] if ranked else None
 
     @property
-    def best_checkpoint(self) -> Optional[RunCheckpoint]:
-        """The checkpoint with the best metric; of equals model_best, whose name says what it is."""
-        sign = -1 if self.args.get('eval_metric') == 'loss' else 1
-        ranked = [c for c in self.checkpoints if _finite(c.metric)]
-        return max(ranked, key=lambda c: (sign * _number(c.metric), c.path.name.startswith('model_best')), default=None)
+    def best_checkpoint(self) -> RunCheckpoint | None:
+        """The checkpoint with the best metric, of equals model_best, whose name says what it is; None without any.
+
+        This need not be model_best: older versions of train.py forget the best result when they resume.
+        """
+        sign = -1 if self.eval_metric == 'loss' else 1
+        ranked = [(sign * c.metric, c.path.name.startswith('model_best'), c)
+                  for c in self.checkpoints if is_finite(c.metric)]
+        return max(ranked, key=lambda r: r[:2])[2] if ranked else None
+
+    @property
+    def last_checkpoint(self) -> RunCheckpoint | None:
+        """The checkpoint of the last finished epoch, of equals last.pth.tar; None without any.
+
+        A recovery checkpoint, from within an epoch, is only taken if there is no other.
+        """
+        return max(self.checkpoints, key=_recency, default=None)
 
 
-ARGS_NAME = 'args.yaml'
-
-
-def read_args(path: Path) -> Dict[str, Any]:
-    """TEMPORARY"""
-    notes: List[str] = []
-    args = _read_args(path, notes)
-    if notes:
-        raise UserError(notes[0])
-    return args
-
-
-def epoch_checkpoints(run: Path) -> Dict[int, Path]:
-    """TEMPORARY"""
-    import re
-    found = {}
-    for path in run.glob('checkpoint-*.pth.tar'):
-        match = re.fullmatch(r'checkpoint-(\d+)\.pth\.tar', path.name)
-        if match:
-            found[int(match.group(1))] = path
-    if not found:
-        raise UserError(f'{run} holds no checkpoint-EPOCH.pth.tar.')
-    return dict(sorted(found.items()))
-
-
-def read_run(path: Union[str, Path]) -> TrainingRun:
-    """Read a run folder of train.py.
+def read_run(path: str | Path) -> TrainingRun:
+    """Read a run folder of train.py, whatever state it is in.
 
     Args:
-        path: The folder, which has args.yaml, summary.csv and checkpoints.
+        path: The folder that has args.yaml, summary.csv and checkpoints. Some may be missing, not all.
 
     Raises:
-        UserError: It is no folder, or has none of these files.
+        UserError: It is not a folder, or has none of these files.
     """
     path = Path(path)
-    checkpoint_paths = [p for p in sorted(path.glob('*.pth.tar')) if 'tmp' not in p.name]
-    if not (checkpoint_paths or (path / 'args.yaml').exists() or (path / 'summary.csv').exists()):
+    checkpoint_paths = [p for p in sorted(path.glob('*.pth.tar')) if p.name != 'tmp.pth.tar']
+    if not (checkpoint_paths or (path / ARGS_NAME).exists() or (path / SUMMARY_NAME).exists()):
         raise UserError(
-            f'{path} is no run folder of train.py: it has no args.yaml, summary.csv or *.pth.tar. '
+            f'{path} is not a run folder of train.py: it has no args.yaml, summary.csv or *.pth.tar. '
             'Give the folder below --output that --experiment named.')
-    notes: List[str] = []
-    args = _read_args(path / 'args.yaml', notes)
-    epochs = _read_summary(path / 'summary.csv', notes)
+    notes: list[str] = []
+    args: dict[str, Any] = {}
+    epochs: tuple[Epoch, ...] = ()
+    try:
+        args = read_args(path / ARGS_NAME)
+    except UserError as e:
+        notes.append(str(e).removeprefix(f'{path}{os.sep}'))
+    notes += _type_problems(args)
+    try:
+        epochs, left_out = read_summary(path / SUMMARY_NAME)
+        notes += left_out
+    except UserError as e:
+        notes.append(str(e).removeprefix(f'{path}{os.sep}'))
     checkpoints = [_read_checkpoint(p, notes) for p in checkpoint_paths]
     return TrainingRun(path, args, epochs, tuple(c for c in checkpoints if c is not None), tuple(notes))
 
 
-def deviations(run: TrainingRun, recipe: str = 'imagenet', processes: Optional[int] = None) -> List[str]:
-    """What the run's arguments have other than a recipe, one entry an argument.
-
-    Learning rates that were scaled with the images a step are as in the recipe.
+def read_args(path: str | Path) -> dict[str, Any]:
+    """Read the arguments of train.py from an args.yaml.
 
     Args:
-        run: From `read_run`.
-        recipe: Name of the recipe.
-        processes: Number of GPUs, if no checkpoint says it.
-    """
-    layout = _layout(run, processes)
-    scale = layout.total / RECIPES[recipe] if layout else 1
-    found = []
-    for key, wanted in load_recipe(recipe).items():
-        if key in _FREE or key not in run.args or (key in _FREE_WITHOUT_AMP and not run.args.get('amp')):
-            continue
-        if key == 'num_classes' and wanted is None:  # finetune leaves it to the user
-            continue
-        value = run.args[key]
-        scaled = key in _LEARNING_RATES and _same(value, wanted * scale)
-        if not scaled and not _same(value, wanted):
-            found.append(f'{key} {value} instead of {wanted}')
-    return found
+        path: The file.
 
-
-def symptoms(run: TrainingRun) -> List[str]:
-    """What is wrong with the course of the training: not a number, at chance, flat, or fallen."""
-    found = []
-    broken = next((e for e in run.epochs if _broken(e.train_loss) or _broken(e.eval_loss)), None)
-    if broken is not None:
-        found.append(f'the loss is not finite from epoch {broken.epoch} on')
-    best = run.best_epoch
-    if best is not None:
-        best_top1, last_top1 = _number(best.top1), _number(run.epochs[-1].top1)
-        chance = 100 / (run.args.get('num_classes') or 1000)
-        past_warmup = run.epochs[-1].epoch >= (run.args.get('warmup_epochs') or 0) + 3
-        if past_warmup and best_top1 <= 1.5 * chance:
-            found.append(f'top-1 never left chance ({chance:.4g} %)')
-        if last_top1 < best_top1 / 2:
-            found.append(f'top-1 fell from {best_top1:.2f} to {last_top1:.2f}')
-    if _is_flat(run):
-        found.append(f'flat: neither loss nor top-1 moved over {_FLAT_EPOCHS} epochs')
-    return found
-
-
-def format_run(run: TrainingRun, recipe: str = 'imagenet', processes: Optional[int] = None) -> str:
-    """The report that `gmnet-timm check-run` prints, a line a fact."""
-    rows = [
-        ('run', f'{run.path} ({run.args.get("model", "model unknown")})'),
-        ('recipe', _describe_deviations(run, recipe, processes)),
-        ('images a step', _describe_total(run, recipe, processes)),
-        ('epochs', _describe_epochs(run)),
-        ('top-1', _describe_top1(run)),
-        ('health', _describe_health(run)),
-        ('publish', _describe_checkpoint(run)),
-        *(('note', note) for note in run.notes),
-    ]
-    return '\n'.join(f'{key + ":":<15}{value}' for key, value in rows)
-
-
-def plot_run(run: TrainingRun, path: Union[str, Path]) -> None:
-    """Draw loss, top-1 and learning rate by epoch.
-
-    Args:
-        run: From `read_run`.
-        path: PNG file to write.
+    Returns:
+        Arguments by their names in train.py's namespace. Their types are those of the file: not checked.
 
     Raises:
-        MissingExtraError: matplotlib is not installed.
-        UserError: There is no epoch to draw, or the file cannot be written.
+        UserError: The file is missing, damaged, empty or not a mapping.
     """
-    if not run.epochs:
-        raise UserError(f'{run.path} has no complete epoch in summary.csv, there is nothing to draw.')
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise MissingExtraError('matplotlib', 'plot') from e
-    figure = Figure(figsize=(6, 8), layout='constrained')
-    loss, top1, lr = figure.subplots(3, sharex=True)
-    epochs = [e.epoch for e in run.epochs]
-    loss.plot(epochs, [_number(e.train_loss) for e in run.epochs], label='training')
-    loss.plot(epochs, [_number(e.eval_loss) for e in run.epochs], label='validation')
-    top1.plot(epochs, [_number(e.top1) for e in run.epochs])
-    lr.plot(epochs, [_number(e.lr) for e in run.epochs])
-    loss.set(title=run.path.name, ylabel='loss')
-    loss.legend()
-    top1.set(ylabel='top-1 (%)')
-    lr.set(ylabel='learning rate', xlabel='epoch')
-    lr.xaxis.get_major_locator().set_params(integer=True)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format='png')
-
-
-def _read_args(path: Path, notes: List[str]) -> Dict[str, Any]:
-    try:
-        args = yaml.safe_load(path.read_text(encoding='utf-8'))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        notes.append(f'{path.name} cannot be read: {_first_line(e)}')
-        return {}
+    args = read_yaml(path)
     if not isinstance(args, dict):
-        notes.append(f'{path.name} is empty' if args is None else f'{path.name} holds no arguments')
-        return {}
-    return args
+        raise UserError(f'{path} is empty' if args is None else f'{path} holds no arguments of train.py')
+    return {str(name): value for name, value in args.items()}
 
 
-def _read_summary(path: Path, notes: List[str]) -> Tuple[Epoch, ...]:
-    try:
-        # NUL bytes are what a file system leaves of a line that a power cut caught.
-        text = path.read_text(encoding='utf-8', errors='replace').replace('\0', '')
-    except OSError as e:
-        notes.append(f'{path.name} cannot be read: {_first_line(e)}')
-        return ()
-    lines = text.splitlines()
-    if not lines:
-        notes.append(f'{path.name} is empty')
-        return ()
-    if not text.endswith('\n'):
-        notes.append(f'{path.name}: its last line is incomplete and left out')
-        lines.pop()
-    epochs: Dict[int, Epoch] = {}
-    header: List[str] = []
-    for number, cells in enumerate(csv.reader(lines), start=1):
-        if cells[:1] == ['epoch']:  # repeated where a run was resumed into its folder
+def read_summary(path: str | Path) -> tuple[tuple[Epoch, ...], list[str]]:
+    """Read a summary.csv, leaving out lines that are damaged or half written.
+
+    Headers may be repeated and epochs too, as older versions of train.py leave them where a run was resumed.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The epochs in ascending order, and a sentence about what was left out for each kind of damage.
+
+    Raises:
+        UserError: The file cannot be read, or is larger than such a file ever is.
+    """
+    path = Path(path)
+    lines, notes = _read_lines(path)
+    epochs: dict[int, Epoch] = {}
+    header: list[str] = []
+    damaged = []
+    for number, line in enumerate(lines, start=1):
+        cells = _cells(line)
+        if cells[:1] == ['epoch']:
             header = cells
             continue
-        row = _parse_row(dict(zip(header, cells, strict=True))) if len(cells) == len(header) else None
-        if row is None:
-            notes.append(f'{path.name}: line {number} is damaged and left out')
+        epoch = _parse_epoch(dict(zip(header, cells, strict=True))) if len(cells) == len(header) else None
+        if epoch is None:
+            damaged.append(number)
         else:
-            epochs[row.epoch] = row  # a resumed run repeats the epoch that it was killed in
-    return tuple(epochs[epoch] for epoch in sorted(epochs))
+            epochs[epoch.epoch] = epoch
+    if damaged:
+        numbers = listed([str(number) for number in damaged])
+        what = f'line {numbers} is' if len(damaged) == 1 else f'lines {numbers} are'
+        notes.append(f'{path.name}: {what} damaged and left out')
+    return tuple(epochs[number] for number in sorted(epochs)), notes
 
 
-def _parse_row(row: Dict[str, str]) -> Optional[Epoch]:
-    try:
-        values = {key: float(row[key]) if row.get(key) else None for key in
-                  ('train_loss', 'eval_loss', 'eval_top1', 'lr')}
-        return Epoch(int(row['epoch']), values['train_loss'], values['eval_loss'], values['eval_top1'], values['lr'])
-    except (KeyError, ValueError):
-        return None
+def epoch_checkpoints(path: str | Path) -> dict[int, Path]:
+    """The files checkpoint-EPOCH.pth.tar of a run folder by epoch, in order. train.py keeps the best of them.
+
+    Raises:
+        UserError: There are none.
+    """
+    found = {}
+    for file in Path(path).glob('checkpoint-*.pth.tar'):
+        match = re.fullmatch(r'checkpoint-(\d{1,9})\.pth\.tar', file.name)
+        if match:
+            found[int(match[1])] = file
+    if not found:
+        raise UserError(f'{path} holds no checkpoint-EPOCH.pth.tar.')
+    return dict(sorted(found.items()))
 
 
-def _read_checkpoint(path: Path, notes: List[str]) -> Optional[RunCheckpoint]:
-    try:
-        metadata, ema = read_metadata(path), holds_ema(path)
-    except UserError as e:
-        notes.append(f'{path.name} cannot be read and is no checkpoint to go on from: {_first_line(e)}')
-        return None
-    if 'epoch' not in metadata:
-        notes.append(f'{path.name} is no checkpoint of train.py')
-        return None
-    return RunCheckpoint(
-        path,
-        epoch=metadata['epoch'],
-        metric=metadata.get('metric'),
-        processes=getattr(metadata.get('args'), 'world_size', None),
-        ema=ema,
-    )
-
-
-def _layout(run: TrainingRun, processes: Optional[int]) -> Optional[Layout]:
-    processes = run.processes or processes
-    batch_size = run.args.get('batch_size')
-    if not (processes and batch_size):
-        return None
-    return Layout(processes, batch_size, run.args.get('grad_accum_steps') or 1)
-
-
-def _is_flat(run: TrainingRun) -> bool:
-    # The cool-down runs at a constant, tiny learning rate: there it is meant to be flat.
-    tail = [e for e in run.epochs if e.epoch < (run.args.get('epochs') or math.inf)][-_FLAT_EPOCHS:]
-    losses = [e.train_loss for e in tail if _finite(e.train_loss)]
-    top1 = [e.top1 for e in tail if _finite(e.top1)]
-    if len(losses) < _FLAT_EPOCHS or tail[0].epoch < (run.args.get('warmup_epochs') or 0):
-        return False
-    still = max(losses) - min(losses) <= _FLAT_LOSS * abs(max(losses))
-    return still and (not top1 or max(top1) - min(top1) <= _FLAT_TOP1)
-
-
-def _describe_deviations(run: TrainingRun, recipe: str, processes: Optional[int]) -> str:
-    if not run.args:
-        return 'unknown without args.yaml'
-    found = deviations(run, recipe, processes)
-    return '; '.join(found) if found else f'as in {recipe}.yaml'
-
-
-def _describe_total(run: TrainingRun, recipe: str, processes: Optional[int]) -> str:
-    layout = _layout(run, processes)
-    if layout is not None:
-        return f'{layout}, {"as in the recipe" if layout.total == RECIPES[recipe] else f"instead of {RECIPES[recipe]}"}'
-    if not run.args.get('batch_size'):
-        return 'unknown without args.yaml'
-    accumulation = run.args.get('grad_accum_steps') or 1
-    known = f'batch {run.args["batch_size"]} x accumulation {accumulation}'
-    return f'{known} x GPUs: a checkpoint says how many, or --gpus'
-
-
-def _describe_epochs(run: TrainingRun) -> str:
-    done = run.epochs[-1].epoch + 1 if run.epochs else 0
-    planned = run.epochs_planned
-    return f'{done} done' + ('' if planned is None else f', {max(0, planned - done)} left of {planned}')
-
-
-def _describe_top1(run: TrainingRun) -> str:
-    best = run.best_epoch
-    if best is None:
-        return 'none recorded'
-    last = run.epochs[-1]
-    return f'best {best.top1:.2f} (epoch {best.epoch}), last {_number(last.top1):.2f} (epoch {last.epoch})'
-
-
-def _describe_health(run: TrainingRun) -> str:
-    if not run.epochs:
-        return 'no complete epoch yet'
-    return '; '.join(symptoms(run)) or 'losses are finite, and it is not flat'
-
-
-def _describe_checkpoint(run: TrainingRun) -> str:
-    best = run.best_checkpoint
-    if best is None:
-        return 'no readable checkpoint with a result'
-    ema = ', averaged weights' if best.ema else ''
-    what = f'{best.path} (epoch {best.epoch}, {run.args.get("eval_metric", "top1")} {best.metric:.2f}{ema})'
-    try:
-        from gmnet_timm.source import read_source
-        return f'{what}, {read_source(best.path).description}'
-    except UserError as e:
-        return f'not {what}: {e}'
-
-
-def _same(value: Any, wanted: Any) -> bool:
-    if isinstance(value, (list, tuple)) and isinstance(wanted, list):
-        return len(value) == len(wanted) and all(map(_same, value, wanted))
-    if isinstance(value, (int, float)) and isinstance(wanted, (int, float)):
-        return math.isclose(value, wanted, rel_tol=1e-5)
-    return value == wanted
-
-
-def _finite(value: Optional[float]) -> TypeGuard[float]:
+def is_finite(value: float | None) -> TypeGuard[float]:
+    """Whether a value was recorded, and is a finite number."""
     return value is not None and math.isfinite(value)
 
 
-def _broken(value: Optional[float]) -> bool:
-    return value is not None and not math.isfinite(value)
+def _count(value: Any) -> int | None:
+    valid = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_COUNT
+    return value if valid else None
 
 
-def _number(value: Optional[float]) -> float:
-    return math.nan if value is None else value
+def _number(value: Any) -> float | None:
+    valid = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if valid and abs(value) <= _MAX_COUNT else None
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _type_problems(args: dict[str, Any]) -> list[str]:
+    found = [
+        f'{ARGS_NAME}: {name} is {str(args[name])[:50]!r}, not a whole number from 0 on'
+        for name in _COUNTS if args.get(name) is not None and _count(args[name]) is None
+    ]
+    if not isinstance(args.get('model', ''), str):
+        found.append(f'{ARGS_NAME}: model is {str(args["model"])[:50]!r}, not a name')
+    return found
+
+
+def _read_lines(path: Path) -> tuple[list[str], list[str]]:
+    """The complete lines of a text file, and what is to be said about the rest."""
+    try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            raise UserError(f'{path} cannot be read: it is not a regular file')
+        with path.open('rb') as file:
+            content = file.read(_MAX_SUMMARY_BYTES + 1)
+    except OSError as e:
+        raise UserError(f'{path} cannot be read: {e.strerror}') from e
+    if len(content) > _MAX_SUMMARY_BYTES:
+        raise UserError(f'{path} cannot be read: it is larger than {_MAX_SUMMARY_BYTES:,} bytes')
+    # A file system can leave NUL bytes in place of a line that a power cut caught.
+    text = content.decode(errors='replace').replace('\0', '')
+    lines = text.splitlines()
+    if not lines:
+        return [], [f'{path.name} is empty']
+    if text.endswith('\n'):
+        return lines, []
+    return lines[:-1], [f'{path.name}: its last line is incomplete and left out']
+
+
+def _cells(line: str) -> list[str]:
+    try:
+        return next(csv.reader([line]), [])
+    except csv.Error:  # a field beyond csv's limit, say
+        return []
+
+
+def _parse_epoch(row: dict[str, str]) -> Epoch | None:
+    try:
+        epoch = _count(int(row.pop('epoch')))
+        values = {name: float(text) for name, text in row.items() if text}
+    except (KeyError, ValueError):
+        return None
+    return None if epoch is None else Epoch(epoch, values)
+
+
+def _read_checkpoint(path: Path, notes: list[str]) -> RunCheckpoint | None:
+    from gmnet_timm.checkpoint.reading import holds_ema, read_metadata  # here, because it imports torch
+
+    try:
+        content, ema = read_metadata(path), holds_ema(path)
+    except UserError as e:
+        notes.append(f'{path.name} cannot be read, so training cannot be resumed from it: {e}')
+        return None
+    if 'epoch' not in content:
+        notes.append(f'{path.name} is not a checkpoint of train.py')
+        return None
+    args = dict(getattr(content.get('args'), '__dict__', {}))
+    epoch, metric, world_size = content.get('epoch'), content.get('metric'), args.get('world_size')
+    found = RunCheckpoint(
+        path, _count(epoch), _number(metric), _count(world_size), ema=ema, args=args)
+    stated = dict(epoch=epoch, metric=metric, world_size=world_size)
+    unusable = [name for name, value in stated.items() if value is not None and getattr(found, name) is None]
+    notes += [f'{path.name}: its {name} is not a usable number' for name in unusable]
+    return found
+
+
+def _recency(checkpoint: RunCheckpoint) -> tuple[bool, int, bool]:
+    name = checkpoint.path.name
+    # A recovery checkpoint is from the middle of its epoch.
+    return not name.startswith('recovery'), -1 if checkpoint.epoch is None else checkpoint.epoch, name == 'last.pth.tar'

@@ -10,11 +10,10 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union
-
-import yaml
+from typing import Any
 
 from gmnet_timm.errors import UserError
+from gmnet_timm.yaml_file import read_yaml
 
 __all__ = ['Option', 'check_config', 'check_file', 'read_options', 'train_script']
 
@@ -28,27 +27,36 @@ print('options: ' + json.dumps({
     a.dest: dict(
         type='bool' if isinstance(a, flags) else 'mapping' if 'ParseKwargs' in type(a).__name__
         else getattr(a.type, '__name__', 'str'),
-        nargs=a.nargs, choices=a.choices and list(a.choices), nullable=a.default is None)
+        nargs=a.nargs, choices=a.choices and list(a.choices), default=a.default)
     for a in parser._actions if a.dest != 'help'
-}))
+}, default=repr))
 '''
 
-_TYPES: Dict[str, Tuple[type, ...]] = {
+_TYPES: dict[str, tuple[type, ...]] = {
     'int': (int,), 'float': (int, float), 'str': (str,), 'bool': (bool,), 'mapping': (dict,),
 }
+
+_KINDS = {'int': 'a whole number', 'float': 'a number', 'str': 'text', 'bool': 'true or false', 'mapping': 'a mapping'}
 
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """What train.py's parser says of one argument."""
+    """What train.py's parser says of one argument.
 
-    type: str  # int, float, str, bool (a flag) or mapping (key=value pairs)
-    nargs: Union[int, str, None]
-    choices: Optional[List[Any]]
-    nullable: bool  # None is its default
+    Attributes:
+        type: int, float, str, bool (a flag) or mapping (key=value pairs).
+        nargs: As in argparse.
+        choices: As in argparse.
+        default: As in argparse. Only where this is None, the argument may be null.
+    """
+
+    type: str
+    nargs: int | str | None
+    choices: list[Any] | None
+    default: Any
 
 
-def train_script(path: Optional[str] = None) -> str:
+def train_script(path: str | None = None) -> str:
     """The train.py at `path`, or that of the checkout that the environment variable TIMM_SCRIPTS names.
 
     Raises:
@@ -63,7 +71,7 @@ def train_script(path: Optional[str] = None) -> str:
     return str(script)
 
 
-def read_options(script: str) -> Dict[str, Option]:
+def read_options(script: str) -> dict[str, Option]:
     """Read the options of a train.py, by the names that its YAML file and its namespace use.
 
     Args:
@@ -80,41 +88,37 @@ def read_options(script: str) -> Dict[str, Option]:
     return {dest: Option(**option) for dest, option in json.loads(lines[-1].removeprefix('options: ')).items()}
 
 
-def check_config(config: Any, options: Dict[str, Option]) -> List[str]:
-    """Say what in a YAML file's content the parser would not take as it is meant.
+def check_config(config: Any, options: dict[str, Option]) -> list[str]:
+    """Say what in a YAML file's content the parser would misread.
 
     Args:
-        config: What `yaml.safe_load` returns.
+        config: From `read_yaml`.
         options: From `read_options`.
 
     Returns:
-        One sentence a problem, none if all is well.
+        One sentence per problem.
     """
     if not isinstance(config, dict):
-        return ['it is no mapping of argument names to values']
+        return ['it is not a mapping of argument names to values']
     return [problem for key, value in config.items() for problem in _problems(str(key), value, options)]
 
 
-def check_file(path: Union[str, Path], script: str) -> List[str]:
+def check_file(path: str | Path, script: str) -> list[str]:
     """`check_config` for a YAML file and a train.py.
 
     Raises:
         UserError: The file cannot be read as YAML.
     """
-    try:
-        config = yaml.safe_load(Path(path).read_text(encoding='utf-8'))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise UserError(f'{path} cannot be read as YAML: {e}') from e
-    return check_config(config, read_options(script))
+    return check_config(read_yaml(path), read_options(script))
 
 
-def _problems(key: str, value: Any, options: Dict[str, Option]) -> List[str]:
+def _problems(key: str, value: Any, options: dict[str, Option]) -> list[str]:
     if key not in options:
         near = difflib.get_close_matches(key.replace('-', '_'), options, n=1)
-        return [f'{key} is no argument of train.py' + (f', {near[0]} is' if near else '')]
+        return [f'{key} is not an argument of train.py' + (f', {near[0]} is' if near else '')]
     option = options[key]
     if value is None:
-        return [] if option.nullable else [f'{key} may not be null']
+        return [] if option.default is None else [f'{key} may not be null']
     many = option.nargs in ('+', '*') or isinstance(option.nargs, int)
     if option.type in ('bool', 'mapping') or not many:
         values = [value]
@@ -124,9 +128,9 @@ def _problems(key: str, value: Any, options: Dict[str, Option]) -> List[str]:
         return [f'{key} has {option.nargs} values, not {len(value)}']
     else:
         values = value
-    found = [f'{key}: {v!r} is no {option.type}{_hint(v, option)}' for v in values if not _fits(v, option)]
+    found = [f'{key}: {v!r} is not {_KINDS[option.type]}{_hint(v, option)}' for v in values if not _fits(v, option)]
     if option.choices:
-        found += [f'{key}: {v!r} is none of {option.choices}' for v in values if v not in option.choices]
+        found += [f'{key}: {v!r} is not one of {option.choices}' for v in values if v not in option.choices]
     return found
 
 
