@@ -1,8 +1,10 @@
 """The reader of run folders, on folders written by hand, and on files that somebody wrote to do harm."""
 import argparse
+import json
 import os
 import time
 import tracemalloc
+from random import Random
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ import yaml
 from timm.scheduler import create_scheduler_v2
 
 from gmnet_timm import yaml_file
+from gmnet_timm.cli.main import main
 from gmnet_timm.errors import UserError
+from gmnet_timm.training.recipe import load_recipe
 from gmnet_timm.training.run import Epoch, epoch_checkpoints, read_args, read_run, read_summary
 from gmnet_timm.yaml_file import read_yaml
 
@@ -232,3 +236,56 @@ def test_large_summary_is_not_read(run):
     with (run / 'summary.csv').open('wb') as file:
         file.truncate(200_000_000)
     assert 'larger than' in read_run(run).notes[0]
+
+
+HOSTILE_VALUES = [
+    'abc', '[]', '{}', '[[[]]]', 'null', 'true', '-1', '1.5', '.nan', '.inf', '-.inf', '1e999', '9' * 99, '9' * 200,
+    '0x' + 'f' * 90, '2001-01-01', '2001-99-99', '!!binary aGk=', '!!set {a, b}', '!!omap [a: 1]', '!!bool x', '*x',
+    '&x [*x]', '"\\e[2J\\n\\0"', '"\\ud800"', "'" + 'x' * 5000 + "'", '? [a]\n: b', '[' * 50, '<<: 1', '1:60:90', '',
+    '|\n  a\n  b',
+]
+
+
+def damaged(content, random):
+    """Content with something cut, flipped, doubled or inserted."""
+    content = bytearray(content)
+    for _ in range(random.randint(1, 3)):
+        at, end = sorted(random.randrange(len(content) + 1) for _ in range(2))
+        kind = random.randrange(5)
+        if kind == 0 and at < len(content):
+            content[at] ^= 1 << random.randrange(8)
+        elif kind == 1:
+            content = content[:at]
+        elif kind == 2:
+            content[at:end] = b''
+        elif kind == 3:
+            content[at:at] = content[at:end]
+        else:
+            content[at:at] = random.choice(
+                [b'\0' * 50, b'"', b'\n', b'\r', b'9' * 5000, b',' * 200_000, b'\xff\xfe', b': &'])
+    return bytes(content)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_thousand_damaged_or_hostile_run_folders_end_in_a_report(run, capsys):
+    """check-run ends with a report or an error of one line, in bounded time."""
+    random = Random(0)
+    recipe = load_recipe('imagenet')
+    originals = {path: path.read_bytes() for path in run.iterdir()}
+    reports = 0
+    for _ in range(1000):
+        for path, content in originals.items():
+            path.write_bytes(damaged(content, random) if random.random() < .5 else content)
+        if random.random() < .7:
+            chosen = {random.choice(list(recipe)): random.choice(HOSTILE_VALUES) for _ in range(random.randint(1, 4))}
+            lines = [f'{name}: {chosen.get(name, json.dumps(value))}' for name, value in recipe.items()]
+            (run / 'args.yaml').write_text('\n'.join(lines), errors='surrogatepass')
+        start = time.perf_counter()
+        status = main(['check-run', str(run)])
+        assert time.perf_counter() - start < 30
+        out, err = capsys.readouterr()
+        assert status in (0, 1)
+        assert (len(out.splitlines()) >= 7 and out.replace('\n', '').isprintable()) or err.count('\n') == 1
+        reports += bool(out)
+    assert reports > 900
