@@ -9,6 +9,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import yaml
 from timm.scheduler import create_scheduler_v2
@@ -224,7 +225,9 @@ def test_command_refuses_with_what_to_do(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
-def test_finetune_command(capsys):
+def test_finetune_command(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({'state_dict': timm.create_model('gmnet_s1').state_dict(), 'args': {'model': 'gmnet_s1'}}, 'a.pth')
     argv = ['recipe', 'gmnet_s1', '--recipe', 'finetune', '--num-classes', '3', '--pretrained-path', 'a.pth']
     assert main(argv) == 0
     out = capsys.readouterr().out
@@ -236,6 +239,21 @@ def test_finetune_command(capsys):
     assert main([*argv, '--data-dir', 'my images']) == 0
     out = capsys.readouterr().out
     assert "--data-dir 'my images'" in out and 'DATA_DIR' not in out
+
+
+def test_finetune_keeps_the_network_that_the_weights_were_trained_in(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    kwargs = dict(act_layer='gelu', gate='dw', output_stride=16)
+    torch.save({'state_dict': timm.create_model('gmnet_s1', **kwargs).state_dict(), 'args': {
+        'model': 'gmnet_s1', 'gp': 'max', 'model_kwargs': kwargs}}, 'a.pth')
+    argv = ['recipe', 'gmnet_s1', '--recipe', 'finetune', '--num-classes', '3', '--pretrained-path', 'a.pth']
+    assert main(argv) == 0
+    recipe = yaml.safe_load(capsys.readouterr().out)
+    assert (recipe['gp'], recipe['model_kwargs']) == ('max', kwargs)
+    assert main([*argv[:1], 'gmnet_s3', *argv[2:]]) == 1
+    assert 'holds a gmnet_s1, not a gmnet_s3' in capsys.readouterr().err
+    assert main([*argv[:-1], 'nowhere.pth']) == 1
+    assert 'No checkpoint at nowhere.pth' in capsys.readouterr().err
 
 
 def test_recipes_are_read_without_torch_and_timm():

@@ -240,9 +240,13 @@ def is_model_name(name: str) -> bool:
 
 def near_names(name: str) -> str:
     """A sentence with the models whose names are most like a mistyped one."""
-    near = difflib.get_close_matches(name, timm.list_models(), n=4)
-    names = ', '.join(near or timm.list_models('gmnet*'))
-    return f'{"Models with such names" if near else "Models"}: {names}.'
+    models = timm.list_models()
+    # the names themselves, and as long a piece of each, so that vit_tinny is near vit_tiny_patch16_224
+    pieces = {known[:len(name)]: known for known in reversed(models)} | {known: known for known in models}
+    near = dict.fromkeys(pieces[piece] for piece in difflib.get_close_matches(name, pieces, n=4))
+    if near:
+        return f'Did you mean {" or ".join(near)}?'
+    return f'Models of this package: {", ".join(timm.list_models("gmnet*"))}.'
 
 
 def _checked(name: str, args: dict[str, Any], where: str, assumed: tuple[str, ...] = ()) -> ModelDescription:

@@ -1,6 +1,5 @@
 """`gmnet-timm recipe` and `gmnet-timm check-run`."""
 import argparse
-import difflib
 import sys
 from typing import Any
 
@@ -79,17 +78,14 @@ def _run_recipe(args: argparse.Namespace) -> int:
 def _check_model(name: str | None) -> None:
     from timm.models import is_model, list_models
 
+    from gmnet_timm.checkpoint.description import near_names
+
     ours = f'{", ".join(list_models("gmnet*"))}, or hf-hub:OWNER/NAME'
     if name is None:
         raise UserError(f'Which model? {ours}.')
     if ':' in name or is_model(name):  # train.py resolves a name with a scheme
         return
-    # The names themselves and as long a piece of each, so that vit_tinny is near vit_tiny_patch16_224
-    names = list_models()
-    pieces = {known[:len(name)]: known for known in reversed(names)} | {known: known for known in names}
-    near = dict.fromkeys(pieces[piece] for piece in difflib.get_close_matches(name, pieces, n=4))
-    hint = f'Did you mean {" or ".join(near)}?' if near else f'Models of this package: {ours}.'
-    raise UserError(f'timm knows no model {name}. {hint}')
+    raise UserError(f'timm knows no model {name}. {near_names(name)}')
 
 
 def _recipe_values(args: argparse.Namespace) -> dict[str, Any]:
@@ -101,7 +97,24 @@ def _recipe_values(args: argparse.Namespace) -> dict[str, Any]:
         raise UserError(
             'finetune starts from trained weights: give --pretrained-path FILE, or a model hf-hub:OWNER/NAME.')
     values = dict(num_classes=args.num_classes, pretrained_path=args.pretrained_path)
+    if args.pretrained_path is not None:
+        values.update(_network_of(args.model, args.pretrained_path))
     return {key: value for key, value in values.items() if value is not None}
+
+
+def _network_of(model: str, path: str) -> dict[str, Any]:
+    """What train.py has to be told of the network that weights were trained in, beside its name."""
+    from gmnet_timm.cli.options import print_notes
+    from gmnet_timm.source import read_source
+
+    source = read_source(path)
+    print_notes(source.notes)
+    description = source.description
+    if description.size != model:
+        raise UserError(f'{path} holds a {description.size}, not a {model}.')
+    args = dict(description.distinct_args)
+    args.pop('in_chans', None)  # train.py adapts the weights to the channels of the images
+    return dict(gp=args.pop('global_pool', None), model_kwargs=args or None)
 
 
 def _check_recipe(args: argparse.Namespace) -> int:
