@@ -41,7 +41,7 @@ def small_weights():
 
 def write_checkpoint(folder, name, epoch, metric, world_size=8, state_dict=None, **extra):
     state_dict = small_weights() if state_dict is None else state_dict
-    args = argparse.Namespace(world_size=world_size, model='gmnet_s1')
+    args = argparse.Namespace(world_size=world_size)
     torch.save(dict(epoch=epoch, metric=metric, args=args, state_dict=state_dict, version=2, **extra), folder / name)
 
 
@@ -61,6 +61,7 @@ def report(folder, **kwargs):
 
 
 def test_healthy_run(run):
+    write_checkpoint(run, 'model_best.pth.tar', 5, 45., state_dict=timm.create_model('gmnet_s1').state_dict())
     rows = {key: value.strip() for key, value in report(run).items()}
     assert rows['recipe'] == 'as in imagenet.yaml'
     assert rows['global batch size'] == (
@@ -68,7 +69,8 @@ def test_healthy_run(run):
     assert rows['epochs'] == '8 done, 302 left of 310'
     assert rows['top-1'] == 'best 45.00 (epoch 5), last 43.00 (epoch 7)'
     assert rows['health'] == 'ok: losses are finite'  # only three of eight epochs are after the warm-up
-    assert rows['publish'].startswith(f'{run}/model_best.pth.tar (epoch 5, top1 45.00), no registered model, nearest')
+    assert rows['publish'] == (
+        f"{run}/model_best.pth.tar (epoch 5, top1 45.00), timm.create_model('gmnet_s1', in_chans=3, num_classes=1000)")
     assert 'note' not in rows
 
 

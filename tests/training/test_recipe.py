@@ -211,7 +211,7 @@ def test_command_writes_the_file_and_prints_what_runs_it(tmp_path, capsys):
     (['gmnet_s5'], 'gmnet_s4 or gmnet_s3 or gmnet_s2 or gmnet_s1'),
     (['vit_tinny'], 'Did you mean vit_tiny_patch16_224'),
     (['resnt18'], 'Did you mean resnet18'),
-    (['zzzz'], 'gmnet_s1, gmnet_s2, gmnet_s3, gmnet_s4, or hf-hub:OWNER/NAME'),
+    (['zzzz'], 'gmnet_s1, gmnet_s2, gmnet_s3, gmnet_s4'),
     ([], 'Which model'),
     (['gmnet_s1', '--gpus', '3'], 'not 2048'),
     (['gmnet_s1', '--recipe', 'cifar'], 'Recipes: imagenet, imagenet-fast, finetune'),

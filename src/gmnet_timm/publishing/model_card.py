@@ -15,7 +15,7 @@ __all__ = ['model_card']
 
 TAGS = ['image-classification', 'timm', 'transformers', 'gmnet']
 
-_MARKUP = re.compile(r'[\\`*_\[\]|~]')  # < and > become entities
+_MARKUP = re.compile(r'[\\`*\[\]|]')  # < and > become entities
 _MAX_TEXT = 500  # characters of a name or value
 
 _METRIC_TITLES = {'top1': 'Top-1 accuracy (%)', 'top5': 'Top-5 accuracy (%)'}
