@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 import gmnet_timm
 
@@ -84,3 +85,15 @@ def test_wheel_works_like_the_checkout(wheel, tmp_path):
     assert 'RuntimeError: Failed to load the backend extension: gmnet_timm.' in failed.stderr
     subprocess.run([python, '-m', 'pip', 'uninstall', '--quiet', '--yes', 'gmnet-timm'], check=True)
     subprocess.run(import_torch, check=True)
+
+
+def test_one_citation_everywhere():
+    """README, the cards and CITATION.cff name the same authors in the same order."""
+    from gmnet_timm.info import BIBTEX
+
+    assert f'```bibtex\n{BIBTEX}\n```' in (ROOT / 'README.md').read_text()
+    citation = yaml.safe_load((ROOT / 'CITATION.cff').read_text())['preferred-citation']
+    names = [f'{author["family-names"]}, {author["given-names"]}' for author in citation['authors']]
+    authors = re.search(r'author\s*= \{(.*?)\},\n', BIBTEX, re.DOTALL)[1]
+    assert ' '.join(authors.split()).split(' and ') == names
+    assert citation['title'] == re.search(r'title\s*= \{(.*)\},', BIBTEX)[1].replace('{', '').replace('}', '')

@@ -283,3 +283,13 @@ def test_files_called_like_a_model(tmp_path, monkeypatch, capsys):
     assert main(['info', 'gmnet_s1.in1k']) == 0
     assert main(['info', 'gmnet_s5']) == 1
     assert 'gmnet_s1' in capsys.readouterr().err
+
+
+def test_models_of_one_input_size(tmp_path):
+    """A ViT takes another size by name, since timm adapts it; from a file it would have to be guessed how."""
+    vit = timm.create_model('test_vit', num_classes=3).eval()
+    torch.save(vit.state_dict(), tmp_path / 'vit.pth')
+    assert vit.pretrained_cfg['fixed_input_size']
+    load_model(f'test_vit={tmp_path / "vit.pth"}')
+    with pytest.raises(UserError, match='takes images of 160 pixels, not 96'):
+        load_model(f'test_vit={tmp_path / "vit.pth"}', preprocessing=dict(img_size=96))

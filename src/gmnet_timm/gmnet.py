@@ -14,7 +14,7 @@ with the parameter names and the initialisation of that code, so that its checkp
 their `base_dim`, `depths` and `mlp_ratios` are reconstructed from the paper's parameter counts and FLOPs, which they
 reproduce.
 
-For deployment, `reparameterize_model(model.eval())` folds BatchNorm and layer scale into the convolutions.
+For deployment, `reparameterize_model(model.eval())` fuses BatchNorm and layer scale into the convolutions.
 """
 import warnings
 from typing import Any, Dict, List, Optional, Set, Tuple, Union
@@ -39,7 +39,7 @@ def _warn_training(module: nn.Module) -> None:
     """Fusing is for evaluation. Not an error, because timm's scripts and timmx fuse before they call eval()."""
     if module.training:
         warnings.warn(
-            'Fusing a GmNet in training mode: BatchNorm is folded with its running statistics, which equals the model '
+            'Fusing a GmNet in training mode: BatchNorm is fused with its running statistics, which equals the model '
             'after model.eval(). Do not train the result.',
             stacklevel=1,  # one place for all layers, so that Python shows it once
         )
@@ -85,7 +85,7 @@ class ConvBn(nn.Module):
             return self.conv
         if isinstance(self.bn, nn.BatchNorm2d):
             return fuse_conv_bn_eval(self.conv.eval(), self.bn.eval())
-        return self  # other norm layers cannot be folded
+        return self  # other norm layers cannot be fused
 
 
 def create_gate(gate: str, chs: int, dilation: int = 1, device=None, dtype=None) -> nn.Module:
@@ -153,7 +153,7 @@ class GmNetBlock(nn.Module):
 
     @torch.no_grad()
     def reparameterize(self) -> None:
-        """Fold the layer scale into the last convolution, in place (the children fuse themselves)."""
+        """Fuse the layer scale into the last convolution, in place (the children fuse themselves)."""
         _warn_training(self)
         if self.gamma is None:
             return

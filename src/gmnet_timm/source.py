@@ -191,7 +191,8 @@ def load_model(
         return _from_files(read_source(
             spec, checkpoint=checkpoint, use_ema=use_ema, model_kwargs=model_kwargs, preprocessing=preprocessing))
     try:
-        model = timm.create_model(spec, pretrained=True, **(model_kwargs or {})).eval()
+        args = {**_input_args(spec, preprocessing), **(model_kwargs or {})}
+        model = timm.create_model(spec, pretrained=True, **args).eval()
     except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as e:
         near = '' if is_model_name(spec) or ':' in spec else f' {near_names(spec)}'
         raise UserError(
@@ -211,6 +212,12 @@ def load_model(
 
 def _from_files(source: Source) -> LoadedModel:
     path = source.checkpoint.path
+    cfg = timm.get_pretrained_cfg(source.description.name)
+    fixed = source.description.model_args.get('img_size') or (cfg.input_size[-1] if cfg else None)
+    if cfg is not None and cfg.fixed_input_size and source.data_config['input_size'][-1] != fixed:
+        raise UserError(
+            f'{source.description.name} in {path} takes images of {fixed} pixels, not '
+            f'{source.data_config["input_size"][-1]}. Leave out --img-size, or state --model-kwargs img_size=… as trained.')
     return LoadedModel(
         name=f'{source.description.name} {path}',
         model=source.build(),
@@ -226,6 +233,13 @@ def _from_files(source: Source) -> LoadedModel:
         ),
         notes=source.notes,
     )
+
+
+def _input_args(name: str, preprocessing: dict[str, Any] | None) -> dict[str, Any]:
+    """What a model for images of one size only, such as a ViT, has to be told of another size."""
+    size = (preprocessing or {}).get('img_size')
+    cfg = timm.get_pretrained_cfg(name) if is_model_name(name) else None
+    return {'img_size': size} if size and cfg is not None and cfg.fixed_input_size else {}
 
 
 def _split_spec(spec: str | Path) -> tuple[str | None, Path]:

@@ -202,6 +202,6 @@ def test_contradicting_tensors(authors):
             infer_architecture({**state_dict, far: torch.zeros(3)})
 
 
-def test_folded_weights_are_recognised(authors):
-    with pytest.raises(CheckpointError, match='folded by reparameterize_model'):
+def test_fused_weights_are_recognised(authors):
+    with pytest.raises(CheckpointError, match='fused by reparameterize_model'):
         infer_architecture(timm.utils.reparameterize_model(authors).state_dict())

@@ -1,6 +1,6 @@
 """Which GmNet a set of tensors belongs to, worked out from their shapes.
 
-Three of the four published sizes are reconstructions and files get renamed, so a name alone is not believed.
+Three of the four published sizes are reconstructions and files get renamed, so a name alone is not trusted.
 """
 import dataclasses
 import functools
@@ -62,7 +62,7 @@ def infer_architecture(state_dict: dict[str, torch.Tensor], verify: bool = True)
     shapes = {key: tuple(value.shape) for key, value in state_dict.items()}
     if 'stem.0.weight' in shapes and 'stages.0.0.0.weight' in shapes:
         raise CheckpointError(
-            'These weights were folded by reparameterize_model, which cannot be undone. Use the checkpoint before.')
+            'These weights were fused by reparameterize_model, which cannot be undone. Use the checkpoint before.')
     stem = _conv_shape(shapes, 'stem.0.conv.weight')
     num_stages = max(1, _count(shapes, r'stages\.(\d+)\.'))
     dims = [_conv_shape(shapes, f'stages.{i}.0.0.conv.weight')[0] for i in range(num_stages)]
@@ -70,7 +70,7 @@ def infer_architecture(state_dict: dict[str, torch.Tensor], verify: bool = True)
     if min(depths) < 1:
         raise CheckpointError(f'This is not a GmNet: its stages have {depths} blocks.')
     hidden = [_conv_shape(shapes, f'stages.{i}.1.f1.conv.weight')[0] for i in range(len(dims))]
-    head = shapes.get('head.weight') or (0, dims[-1])  # () is no shape of a head either
+    head = shapes.get('head.weight') or (0, dims[-1])  # () is not the shape of a head either
     architecture = Architecture(
         base_dim=dims[0],
         depths=depths,
@@ -115,7 +115,7 @@ def _count(shapes: dict[str, tuple[int, ...]], pattern: str) -> int:
     """One more than the largest number that `pattern` captures at the start of a key, 0 without any."""
     matches = (re.match(pattern, key) for key in shapes)
     numbers = (match.group(1) for match in matches if match)
-    return max((int(number) + 1 for number in numbers if len(number) < 7), default=0)  # longer ones are no indices
+    return max((int(number) + 1 for number in numbers if len(number) < 7), default=0)  # longer ones are not indices
 
 
 def _verify_shapes(shapes: dict[str, tuple[int, ...]], architecture: Architecture) -> None:

@@ -213,7 +213,7 @@ def describe_tensors(state_dict: dict[str, torch.Tensor], name: str | None = Non
     """The model that tensors alone let one think of: a GmNet, or the model `name` with their classes and channels.
 
     Raises:
-        CheckpointError: They are no GmNet's, and there is no name.
+        CheckpointError: They are not a GmNet's, and no name was given.
         UserError: timm knows no model of that name.
     """
     if name is not None and split_model_name_tag(name)[0] not in SIZES:

@@ -18,8 +18,8 @@ Photographs and their licences, as scikit-image's documentation of `skimage.data
 
 Left out, although free: cell, clock, retina and rocket, where a third or more of the patches is nearly constant
 (standard deviation below 8 of 255 grey levels); astronaut and coffee, whose upper and lower rows show different things,
-so that the lower are no test of having learnt the upper (camera is such a photograph too: expect its patches to be most
-of the errors). Left out because no licence is stated: moon, motorcycle, page.
+so that the lower do not test what was learnt from the upper (camera is such a photograph too: expect its patches to
+be most of the errors). Left out because no licence is stated: moon, motorcycle, page.
 """
 import importlib.util
 import json
@@ -28,7 +28,7 @@ import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, Optional, Tuple, Union
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -52,7 +52,7 @@ PHOTOS = {
 PATCH_SIZE = 64
 SPLITS = ('train', 'validation')
 MANIFEST = 'patches.json'
-PathLike = Union[str, 'os.PathLike[str]']
+PathLike = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,12 @@ class PhotoPatches:
         bands: Rows of the photograph, first and one past the last, that the patches of a split and class were cut from.
     """
     root: Path
-    classes: Tuple[str, ...]
+    classes: tuple[str, ...]
     mean: float
     std: float
     num_train: int
     num_val: int
-    bands: Dict[str, Dict[str, Tuple[int, int]]]
+    bands: dict[str, dict[str, tuple[int, int]]]
 
 
 def photo_pixels(name: str) -> np.ndarray:
@@ -128,14 +128,14 @@ def prepare_photo_patches(root: PathLike, *, patches: int = 320, seed: int = 42)
     )
 
 
-def _read_manifest(root: Path) -> Optional[Dict[str, Any]]:
+def _read_manifest(root: Path) -> dict[str, Any] | None:
     try:
         return json.loads((root / MANIFEST).read_text())
     except (OSError, ValueError):
         return None
 
 
-def _build_patches(root: Path, parameters: Dict[str, Any]) -> Dict[str, Any]:
+def _build_patches(root: Path, parameters: dict[str, Any]) -> dict[str, Any]:
     """Write a complete tree beside `root`, then rename it, so that an interrupted call leaves nothing half done."""
     rng = np.random.default_rng(parameters['seed'])
     photos = {name: photo_pixels(name) for name in sorted(PHOTOS)}
@@ -162,7 +162,7 @@ def _build_patches(root: Path, parameters: Dict[str, Any]) -> Dict[str, Any]:
     return json.loads(json.dumps(manifest))
 
 
-def _band(height: int, split: str) -> Tuple[int, int]:
+def _band(height: int, split: str) -> tuple[int, int]:
     """Rows of a split: the upper ones train, the lower ones validate, a patch height between them is unused."""
     usable = height - PATCH_SIZE
     val_height = max(PATCH_SIZE, int(.35 * usable))
@@ -172,7 +172,7 @@ def _band(height: int, split: str) -> Tuple[int, int]:
 def _write_patches(
         folder: Path,
         photo: np.ndarray,
-        band: Tuple[int, int],
+        band: tuple[int, int],
         count: int,
         rng: np.random.Generator,
 ) -> np.ndarray:
