@@ -1,4 +1,4 @@
-"""In training the gate is computed again for the backward pass. Nothing but memory may tell."""
+"""With `recompute_gate`, gates are computed again in the backward pass. Nothing but memory may tell."""
 import copy
 import io
 
@@ -31,11 +31,11 @@ def kept_bytes(model, x) -> int:
 
 
 def plain(model):
-    """The model with everything kept: a hook on each activation forbids to compute it twice."""
+    """The model with everything kept."""
     model = copy.deepcopy(model)
     for block in model.modules():
         if isinstance(block, GmNetBlock):
-            block.act.register_forward_hook(lambda module, args, output: None)
+            block.recompute_gate = False
     return model
 
 
@@ -56,7 +56,7 @@ def assert_identical(model, x, **kwargs):
 
 
 def train_model(**kwargs):
-    return randomize(timm.create_model('gmnet_s1', depths=(1, 1, 1, 1), **kwargs)).train()
+    return randomize(timm.create_model('gmnet_s1', depths=(1, 1, 1, 1), recompute_gate=True, **kwargs)).train()
 
 
 @pytest.fixture
@@ -75,26 +75,28 @@ def checkpointed(monkeypatch):
 
 @pytest.mark.parametrize('gate', GATES)
 def test_a_block_keeps_two_wide_tensors_less(gate):
-    block = GmNetBlock(8, mlp_ratio=4, gate=gate).train()
+    block = GmNetBlock(8, mlp_ratio=4, gate=gate, recompute_gate=True).train()
     x = torch.randn(2, 8, 16, 16)
     wide = 4 * 2 * 32 * 16 * 16
     assert kept_bytes(plain(block), x) - kept_bytes(block, x) == 2 * wide
 
 
+@pytest.mark.parametrize('recompute_gate', [False, True])
 @pytest.mark.parametrize('name', SIZES)
-def test_memory_of_the_networks(name):
+def test_memory_of_the_networks(name, recompute_gate):
     """Counted by hand: what convolutions, norms, activations and layer scales read."""
-    model = timm.create_model(name).train()
+    model = timm.create_model(name, recompute_gate=recompute_gate).train()
     elements = 3 * 224 ** 2 + 3 * 32 * 112 ** 2  # the image; norm, activation and first down-sampling behind the stem
     for i, stage in enumerate(model.stages):
         blocks = list(stage)[1:]
         dim, hidden = blocks[0].f1.conv.in_channels, blocks[0].f1.conv.out_channels
-        # norm of the down-sampling, output of the stage; per block: input, two norms and what follows them, layer scale
-        elements += (56 // 2 ** i) ** 2 * (2 * dim + len(blocks) * (6 * dim + hidden))
+        # Norm of the down-sampling, output of the stage; per block: input, two norms, what follows them, layer scale,
+        # and of the gate input, activation and product.
+        elements += (56 // 2 ** i) ** 2 * (2 * dim + len(blocks) * (6 * dim + (1 if recompute_gate else 3) * hidden))
     batch = 2
     kept = kept_bytes(model, torch.randn(batch, 3, 224, 224))
     assert kept == pytest.approx(4 * batch * elements, rel=1e-3)  # the rest: pooled features, statistics of the norms
-    assert name != 'gmnet_s3' or kept / batch / 2 ** 20 < 47
+    assert (name, recompute_gate) != ('gmnet_s3', True) or kept / batch / 2 ** 20 < 47
 
 
 @pytest.mark.parametrize('autocast', [None, torch.bfloat16])
@@ -192,7 +194,7 @@ def test_functional_transforms():
 
 
 def test_forward_mode():
-    block = GmNetBlock(4, norm_layer='groupnorm1', init_values=None).double().train()
+    block = GmNetBlock(4, norm_layer='groupnorm1', init_values=None, recompute_gate=True).double().train()
     x, v = torch.randn(2, 2, 4, 8, 8, dtype=torch.float64)
     with forward_ad.dual_level():
         tangent = forward_ad.unpack_dual(block(forward_ad.make_dual(x, v))).tangent
@@ -203,7 +205,7 @@ def test_forward_mode():
 
 
 @pytest.mark.filterwarnings('ignore:.*torch.jit.*deprecated', 'ignore::torch.jit.TracerWarning')
-@pytest.mark.parametrize('how', ['eval', 'no_grad', 'script', 'trace', 'fx', 'export', 'compile'])
+@pytest.mark.parametrize('how', ['eval', 'no_grad', 'script', 'trace', 'fx', 'export', 'compile', 'unasked'])
 def test_no_trace_elsewhere(how, monkeypatch):
     def forbidden(*args, **kwargs):
         raise AssertionError('computed twice')
@@ -213,7 +215,9 @@ def test_no_trace_elsewhere(how, monkeypatch):
     model = train_model()
     with pytest.raises(AssertionError, match='computed twice'):
         model(x)
-    if how == 'eval':
+    if how == 'unasked':
+        timm.create_model('gmnet_s1').train()(x).sum().backward()
+    elif how == 'eval':
         model.eval()(x).sum().backward()
     elif how == 'no_grad':
         with torch.no_grad():
