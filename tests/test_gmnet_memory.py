@@ -1,6 +1,7 @@
 """With `recompute_gate`, gates are computed again in the backward pass. Nothing but memory may tell."""
 import copy
 import io
+from pathlib import Path
 
 import pytest
 import timm
@@ -97,6 +98,22 @@ def test_memory_of_the_networks(name, recompute_gate):
     kept = kept_bytes(model, torch.randn(batch, 3, 224, 224))
     assert kept == pytest.approx(4 * batch * elements, rel=1e-3)  # the rest: pooled features, statistics of the norms
     assert (name, recompute_gate) != ('gmnet_s3', True) or kept / batch / 2 ** 20 < 47
+
+
+def test_published_numbers():
+    """The table of docs/training.md, and what it says of 16, 24 and 80 GB."""
+    document = ' '.join((Path(__file__).parent.parent / 'docs' / 'training.md').read_text().split())
+    for name in SIZES:
+        models = [timm.create_model(name, recompute_gate=again).train() for again in (False, True)]
+        full, less = (kept_bytes(model, torch.randn(2, 3, 224, 224)) / 2 for model in models)
+        mib = [kept / 2 ** 20 for kept in (full, less)]
+        gib = [kept / 4 for kept in mib]  # of 256 images
+        assert f'| {name} | {mib[0]:.1f} | {mib[1]:.1f} | {gib[0]:.1f} | {gib[1]:.1f} |' in document
+        if name == 'gmnet_s3':
+            state = 16 * sum(p.numel() for p in models[0].parameters())
+            room = [[int((gb * 1e9 - state) / kept) for gb in (16, 24, 80)] for kept in (full, less)]
+            assert 'room for {}, {} and {} images in 16, 24 and 80 GB'.format(*room[0]) in document
+            assert 'with recompute_gate=True for {}, {} and {}.'.format(*room[1]) in document
 
 
 @pytest.mark.parametrize('autocast', [None, torch.bfloat16])
