@@ -16,7 +16,7 @@ export OMP_WAIT_POLICY := PASSIVE
 # Tests call the `gmnet-timm` of this environment.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test test-slow test-ecosystem lint format build clean
+.PHONY: demo test test-slow test-ecosystem bench-gpu lint format build clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/gmnet-timm demo $(ARGS)
@@ -30,6 +30,27 @@ test-slow: $(VENV)/$(TEST_EXTRAS).installed
 test-ecosystem: export PATH := $(abspath $(ECOSYSTEM)/bin):$(PATH)
 test-ecosystem: $(ECOSYSTEM)/ecosystem.installed
 	$(ECOSYSTEM)/bin/python -m pytest -n 2 -m ecosystem -o norecursedirs= $(ARGS)
+
+# On a machine with a CUDA device, with the packages that are installed there. GmNet comes first; what the given minutes,
+# 7.5 in all, do not suffice for is reported as not run.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+GPU_RUN := $(GPU_PYTHON) -m benchmarks run
+GMNETS := gmnet_s1 gmnet_s2 gmnet_s3 gmnet_s4
+GPU_RESULTS ?= benchmarks/results/gpu
+
+bench-gpu: export PYTHONPATH := src:$(PYTHONPATH)
+bench-gpu:
+	timeout 60 $(GPU_PYTHON) -m pytest -q -k cuda tests/test_gmnet_memory.py tests/test_benchmarks_gpu.py
+	$(GPU_RUN) latency --device cuda --runtimes eager cuda-graph onnxruntime --dtypes float16 --rounds 10 \
+		--minutes 2 --output $(GPU_RESULTS)-latency.json
+	$(GPU_RUN) throughput --device cuda --runtimes cuda-graph --dtypes tf32 bfloat16 --batch-sizes 1 32 256 \
+		--rounds 5 --minutes 2 --output $(GPU_RESULTS)-throughput.json
+	$(GPU_RUN) throughput --device cuda --models gmnet_s3 --runtimes compile-max tensorrt --dtypes bfloat16 \
+		--batch-sizes 256 --rounds 5 --minutes 1.5 --output $(GPU_RESULTS)-throughput-max.json
+	$(GPU_RUN) training --device cuda --models $(GMNETS) --dtypes tf32 bfloat16 --batch-size 128 \
+		--rounds 3 --minutes 0.5 --output $(GPU_RESULTS)-training.json
+	$(GPU_RUN) memory --device cuda --models $(GMNETS) --dtypes bfloat16 --batch-size 128 \
+		--minutes 0.5 --output $(GPU_RESULTS)-memory.json
 
 lint: $(VENV)/$(TEST_EXTRAS).installed $(VENV)/lint.installed
 	$(BIN)/ruff check .

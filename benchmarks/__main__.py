@@ -2,6 +2,7 @@
 
     python -m benchmarks run latency --threads 1
     python -m benchmarks report benchmarks/results/*.json
+    python -m benchmarks report --documents README.md docs/benchmarks.md
     python -m benchmarks compare before.json after.json
     python -m benchmarks profile gmnet_s3 --runtime openvino
 """
@@ -16,15 +17,17 @@ import torch
 from gmnet_timm.device import resolve_device
 from gmnet_timm.errors import UserError
 
+from .figure import draw
 from .machine import describe_machine, keep_freed_memory, slug
-from .measure import LAYOUTS, Settings, measure
-from .models import MODELS
+from .measure import MEMORY_FORMATS, MODES, Settings, measure
+from .models import MODELS, split
 from .profiling import profile
-from .report import compare, report
+from .report import compare, report, update
 from .results import Results
 from .runtimes import DTYPES, RUNTIMES
 
 ROOT = Path(__file__).parent
+BATCH_SIZE = {'latency': 1, 'throughput': 256, 'training': 32, 'memory': 16}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -33,31 +36,36 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest='command', required=True)
 
     run = commands.add_parser('run', help='measure, and write a result file')
-    run.add_argument('mode', choices=['latency', 'throughput', 'training'])
-    run.add_argument('--models', nargs='+', default=list(MODELS), help='names of timm (default: GmNet and its peers)')
+    run.add_argument('mode', choices=MODES)
+    run.add_argument('--models', nargs='+', default=list(MODELS), metavar='MODEL',
+                     help="names of timm, also with arguments: 'gmnet_s3 gate=fc' (default: GmNet and its peers)")
+    run.add_argument('--model-kwargs', nargs='+', default=[], metavar='KEY=VALUE', help='arguments of all models')
     run.add_argument('--device', default='auto')
     run.add_argument('--runtimes', nargs='+', choices=list(RUNTIMES), default=['eager'])
-    run.add_argument('--fold', choices=['yes', 'no', 'both'], help='default: yes, for training no')
-    run.add_argument('--precisions', nargs='+', choices=list(DTYPES), default=['float32'])
-    run.add_argument('--layouts', nargs='+', choices=list(LAYOUTS), default=['channels_last'])
-    run.add_argument('--batch-size', type=int, help='latency: 1, training: 32, throughput: where the sweep ends, 256')
+    run.add_argument('--fuse', choices=['yes', 'no', 'both'], help='default: yes, for training and memory no')
+    run.add_argument('--dtypes', nargs='+', choices=list(DTYPES), default=['float32'])
+    run.add_argument('--memory-formats', nargs='+', choices=list(MEMORY_FORMATS), default=['channels_last'])
+    run.add_argument('--batch-size', type=int, help=f'default: {", ".join(f"{m} {n}" for m, n in BATCH_SIZE.items())}; '
+                                                    'for throughput it is where the sweep ends')
+    run.add_argument('--batch-sizes', nargs='+', type=int, default=[], help='throughput: these in place of a sweep')
     run.add_argument('--threads', type=int, help='of the CPU (default: as torch chooses)')
     run.add_argument('--img-size', type=int, help='default: that of the published accuracy')
-    run.add_argument('--rounds', type=int, default=20, help='turns that each case gets (default: 20)')
-    run.add_argument('--calls', type=int, default=5, help='timed calls a turn (default: 5)')
+    run.add_argument('--rounds', type=int, default=20, help='in each of which every case is timed (default: 20)')
+    run.add_argument('--iterations', type=int, default=5, help='timed iterations per round (default: 5)')
+    run.add_argument('--minutes', type=float, help='build no case after this time; the rest is reported as not run')
     run.add_argument('--default-allocator', action='store_true', help='let glibc give freed memory back')
     run.add_argument('--smoke', action='store_true', help='see that everything works, in seconds; measures nothing')
     run.add_argument('--output', type=Path, help='default: benchmarks/results/MACHINE-MODE.json')
 
-    draw = commands.add_parser('report', help='draw the figure and write the table from result files')
-    draw.add_argument('files', nargs='+', type=Path)
-    draw.add_argument('--figure', type=Path, help='a file to draw accuracy against latency to')
-    draw.add_argument('--document', type=Path, help='a Markdown file whose tables are replaced, between its markers')
+    show = commands.add_parser('report', help='print tables, draw the figure, write the sections of documents')
+    show.add_argument('files', nargs='*', type=Path)
+    show.add_argument('--figure', type=Path, help='draw accuracy against latency to this file, .svg or .png')
+    show.add_argument('--documents', nargs='+', type=Path, default=[], help='Markdown files to write the sections of')
 
-    look = commands.add_parser('profile', help='where the time of a folded model goes, on the CPU')
+    look = commands.add_parser('profile', help='where the time of a fused model goes, on the CPU')
     look.add_argument('model')
     look.add_argument('--runtime', choices=['eager', 'compile', 'compile-max', 'openvino'], default='eager')
-    look.add_argument('--precision', choices=list(DTYPES), default='float32')
+    look.add_argument('--dtype', choices=list(DTYPES), default='float32')
     look.add_argument('--threads', type=int, default=1)
 
     both = commands.add_parser('compare', help='ratios of two result files')
@@ -67,51 +75,69 @@ def parser() -> argparse.ArgumentParser:
 
 
 def settings(args: argparse.Namespace) -> Settings:
-    training = args.mode == 'training'
     device = resolve_device(args.device)
     on_cpu = torch.device(device).type == 'cpu'
-    unknown = [name for name in args.models if not timm.is_model(name)]
+    models = [' '.join([model, *args.model_kwargs]) for model in args.models]
+    unknown = [name for name, _ in map(split, models) if not timm.is_model(name)]
     if unknown:
         raise UserError(f'timm has no model {", ".join(unknown)}: see timm.list_models().')
-    fold = args.fold or ('no' if training else 'yes')
+    if args.batch_sizes and args.mode != 'throughput':
+        raise UserError('--batch-sizes is for throughput: give --batch-size.')
+    fuse = args.fuse or ('no' if args.mode in ('training', 'memory') else 'yes')
     if args.smoke:
-        args.rounds, args.calls, args.img_size = 2, 1, 64
+        args.rounds, args.iterations, args.img_size = 2, 1, 64
         args.batch_size = 2 if args.mode != 'latency' else 1
+        args.batch_sizes = args.batch_sizes and [1, 2]
         if args.models == list(MODELS):
-            args.models = ['gmnet_s1', 'mobilenetv2_100']
+            models = ['gmnet_s1', 'mobilenetv2_100']
     return Settings(
         mode=args.mode,
-        models=tuple(args.models),
+        models=tuple(models),
         device=device,
         runtimes=tuple(args.runtimes),
-        folded={'yes': (True,), 'no': (False,), 'both': (False, True)}[fold],
-        precisions=tuple(args.precisions),
-        layouts=tuple(args.layouts),
-        batch=args.batch_size or {'latency': 1, 'training': 32, 'throughput': 256}[args.mode],
+        fused={'yes': (True,), 'no': (False,), 'both': (False, True)}[fuse],
+        dtypes=tuple(args.dtypes),
+        memory_formats=tuple(args.memory_formats),
+        batch_size=args.batch_size or BATCH_SIZE[args.mode],
         threads=args.threads or torch.get_num_threads(),
         rounds=args.rounds,
-        calls=args.calls,
+        iterations=args.iterations,
         img_size=args.img_size,
-        product_size=256 if args.smoke else 2048 if on_cpu else 8192,
+        matmul_size=256 if args.smoke else 2048 if on_cpu else 8192,
         copy_mb=16 if args.smoke else 256 if on_cpu else 1024,
         warm_up_s=0.1 if args.smoke else 3,
         smoke=args.smoke,
+        batch_sizes=tuple(args.batch_sizes),
+        minutes=args.minutes,
     )
 
 
 def run(args: argparse.Namespace) -> None:
     chosen = settings(args)
+    torch.backends.cudnn.benchmark = True  # its heuristics alone change the speed of convolutions
     kept = not args.default_allocator and keep_freed_memory()
     machine = describe_machine(chosen.device, chosen.threads)
     machine['allocator'] = 'freed memory kept' if kept else 'default'
-    rows, ceilings = measure(chosen, log=lambda line: print(line, file=sys.stderr, flush=True))
+    rows, peak = measure(chosen, log=lambda line: print(line, file=sys.stderr, flush=True))
     command = 'python -m benchmarks ' + shlex.join(sys.argv[1:])
-    results = Results(machine, chosen, command, ceilings, rows)
+    results = Results(machine, chosen, command, peak, rows)
     name = f'{"smoke-" if chosen.smoke else ""}{slug(machine)}-{chosen.mode}.json'
     path = args.output or ROOT / 'results' / name
     results.save(path)
     print(report([results]))
     print(f'wrote {path} and {path.with_suffix(".csv").name}')
+
+
+def show(args: argparse.Namespace) -> None:
+    if not args.files and not args.documents or args.figure and not args.files:
+        raise UserError('Nothing to report: name result files, or --documents whose sections name them.')
+    results = [Results.load(path) for path in args.files]
+    if results:
+        print(report(results))
+    if args.figure:
+        draw(results, args.figure)
+    for document in args.documents:
+        update(document)
 
 
 def main() -> None:
@@ -120,10 +146,9 @@ def main() -> None:
         if args.command == 'run':
             run(args)
         elif args.command == 'report':
-            results = [Results.load(path) for path in args.files]
-            print(report(results, args.figure, args.document))
+            show(args)
         elif args.command == 'profile':
-            print(profile(args.model, args.runtime, args.precision, args.threads))
+            print(profile(args.model, args.runtime, args.dtype, args.threads))
         else:
             print(compare(Results.load(args.before), Results.load(args.after)))
     except UserError as e:

@@ -6,24 +6,26 @@ import platform
 import re
 import subprocess
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 import torch
 
 __all__ = ['describe_machine', 'keep_freed_memory', 'slug']
 
-PACKAGES = ('torch', 'torchvision', 'timm', 'gmnet-timm', 'onnxruntime', 'onnxruntime-gpu', 'openvino', 'onnx', 'numpy')
+PACKAGES = ('torch', 'torchvision', 'timm', 'gmnet-timm', 'onnxruntime', 'onnxruntime-gpu', 'openvino',
+            'onnx', 'numpy', 'torch-tensorrt')
 
 
-def describe_machine(device: str, threads: int) -> Dict[str, Any]:
+def describe_machine(device: str, threads: int) -> dict[str, Any]:
     """Hardware, clocks, versions and commit; what cannot be found out is left out."""
-    info: Dict[str, Any] = {
+    info: dict[str, Any] = {
         'date': datetime.date.today().isoformat(),
         'commit': run('git', '-C', str(Path(__file__).parent), 'describe', '--always', '--dirty', '--abbrev=12'),
         'os': platform.platform(),
         'python': platform.python_version(),
         'versions': versions(),
         'cpu': cpu('model name') or platform.processor() or platform.machine(),
+        'cpu_model': ', '.join(f'{key} {cpu(key)}' for key in ('cpu family', 'model', 'stepping') if cpu(key)),
         'cores': len(re.findall(r'^processor', cpuinfo(), re.MULTILINE)) or torch.get_num_threads(),
         'cpu_mhz': sorted({float(mhz) for mhz in re.findall(r'^cpu MHz\s*: (.+)$', cpuinfo(), re.MULTILINE)}),
         'cpu_flags': [flag for flag in (cpu('flags') or '').split() if re.match('avx|amx|fma|sse4', flag)],
@@ -35,18 +37,21 @@ def describe_machine(device: str, threads: int) -> Dict[str, Any]:
         info['gpu'] = torch.cuda.get_device_name()
         info['cuda'] = torch.version.cuda
         info['cudnn'] = torch.backends.cudnn.version()
+        info['cudnn_benchmark'] = torch.backends.cudnn.benchmark
         info['nvidia_smi'] = run(
-            'nvidia-smi', '--query-gpu=driver_version,clocks.sm,clocks.max.sm,clocks.mem,power.limit', '--format=csv')
+            'nvidia-smi', '--query-gpu=driver_version,clocks.max.sm,clocks.max.mem,power.limit,persistence_mode',
+            '--format=csv')
     return {key: value for key, value in info.items() if value not in ('', [], None)}
 
 
-def slug(info: Dict[str, Any]) -> str:
+def slug(info: dict[str, Any]) -> str:
     """A file name for the machine."""
-    name = info['gpu'] if 'gpu' in info else f'{info["cpu"]} {info["cores"]} cores'
+    cpu_name = re.sub(r'\(\w+\)|processor|cpu|@.*', '', str(info['cpu']).lower())
+    name = info['gpu'] if 'gpu' in info else f'{cpu_name} {info["cores"]} cores'
     return re.sub(r'[^a-z0-9]+', '-', str(name).lower()).strip('-')
 
 
-def versions() -> Dict[str, str]:
+def versions() -> dict[str, str]:
     found = {}
     for package in PACKAGES:
         try:
@@ -64,7 +69,7 @@ def cpuinfo() -> str:
 
 
 def cpu(key: str) -> str:
-    found: List[str] = re.findall(rf'^{key}\s*: (.+)$', cpuinfo(), re.MULTILINE)
+    found: list[str] = re.findall(rf'^{key}\s*: (.+)$', cpuinfo(), re.MULTILINE)
     return found[0] if found else ''
 
 

@@ -1,38 +1,45 @@
-"""Measuring: cases are built and checked one by one, then timed turn by turn."""
+"""Measuring: cases are built and checked one by one, then timed in interleaved rounds."""
 import contextlib
+import copy
 import dataclasses
 import gc
 import itertools
 import multiprocessing
 import statistics
 import time
-from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from .limits import Ceilings, Copy, Work, measure_work, product_forwards
-from .models import create, find, fold
+from .gpu import device_ms, gpu_state, release, set_arithmetic, synchronize
+from .models import create, find, fuse
+from .roofline import Copy, Peak, Work, matmul_forwards, measure_work
 from .runtimes import DTYPES, RUNTIMES, Forward, Unsupported, compile_whole
 
-__all__ = ['Case', 'Row', 'Settings', 'measure']
+__all__ = ['Case', 'MEMORY_FORMATS', 'MODES', 'Row', 'Settings', 'measure']
 
-LAYOUTS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
+MODES = ('latency', 'throughput', 'training', 'memory')
+MEMORY_FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
 
-# Relative error of the logits, against those of the eager float32 model, above which a case is not timed. Random
-# weights amplify rounding (MobileNetV2 in bfloat16 to 0.2); logits that have nothing to do with it are at 1.4.
-TOLERANCE = {'float32': 1e-4, 'bfloat16': 0.3, 'float16': 0.05}
+# Relative error of the logits, against those of the eager model in IEEE float32, above which a case is not timed.
+# Random weights amplify rounding (MobileNetV2 in bfloat16 to 0.2); logits that have nothing to do with it are at 1.4.
+# TF32 rounds to the 10 bits of float16.
+TOLERANCE = {'float32': 1e-4, 'tf32': 0.05, 'bfloat16': 0.3, 'float16': 0.05}
+
+TIME_IS_UP = 'not run: the time given by --minutes was over'
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    model: str
+    model: str  # name of timm, and arguments behind it
     img_size: int
     runtime: str
-    folded: bool
-    precision: str
-    layout: str  # contiguous or channels_last
-    batch: int
+    fused: bool
+    dtype: str
+    memory_format: str  # contiguous or channels_last
+    batch_size: int
 
 
 @dataclasses.dataclass
@@ -41,177 +48,259 @@ class Row:
 
     case: Case
     status: str  # 'ok' or the reason
-    error: Optional[float] = None  # relative, of the logits
-    memory_mb: Optional[float] = None  # training: the most that was in use
-    samples_ms: List[float] = dataclasses.field(default_factory=list)
-    roofline_ms: Optional[float] = None
-    work: Optional[Work] = None
+    error: float | None = None  # relative, of the logits or the loss
+    memory_mb: float | None = None  # training, memory: the most that was in use, MiB
+    samples_ms: list[float] = dataclasses.field(default_factory=list)
+    roofline_ms: float | None = None
+    work: Work | None = None
     params: int = 0  # of the model as it is trained
+    device_ms: list[float] = dataclasses.field(default_factory=list)  # of the same calls, by CUDA events
+    kept_mb: float | None = None  # memory: what autograd keeps for the backward pass, MiB per image
+    gpu_state: dict[str, str] | None = None  # right after the last round
+    fused_gates: int | None = None  # compile-max on a GPU: gates in the epilogue of a matmul
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    mode: str  # latency, throughput or training
-    models: Tuple[str, ...]
+    mode: str
+    models: tuple[str, ...]
     device: str
-    runtimes: Tuple[str, ...]
-    folded: Tuple[bool, ...]
-    precisions: Tuple[str, ...]
-    layouts: Tuple[str, ...]
-    batch: int  # throughput: where the sweep ends
+    runtimes: tuple[str, ...]
+    fused: tuple[bool, ...]
+    dtypes: tuple[str, ...]
+    memory_formats: tuple[str, ...]
+    batch_size: int  # throughput: where the sweep ends
     threads: int
     rounds: int
-    calls: int  # a round
-    img_size: Optional[int]  # None for that of the published accuracy
-    product_size: int
+    iterations: int  # per round
+    img_size: int | None  # None for that of the published accuracy
+    matmul_size: int
     copy_mb: int
     warm_up_s: float
     smoke: bool
+    batch_sizes: tuple[int, ...] = ()  # throughput: these, in place of a sweep
+    minutes: float | None = None  # after which no case is built any more
 
-    def cases(self, batch: int) -> Iterator[Case]:
-        """Every combination, but one layout for what lays out data by itself."""
-        for name, runtime, folded, precision, layout in itertools.product(
-                self.models, self.runtimes, self.folded, self.precisions, self.layouts):
-            if runtime in ('onnxruntime', 'openvino') and layout != self.layouts[0]:
+    def cases(self, batch_size: int) -> Iterator[Case]:
+        """Every combination, but one memory format for what chooses its own."""
+        for name, runtime, fused, dtype, memory_format in itertools.product(
+                self.models, self.runtimes, self.fused, self.dtypes, self.memory_formats):
+            if runtime in ('onnxruntime', 'openvino') and memory_format != self.memory_formats[0]:
                 continue
-            yield Case(name, self.img_size or find(name).img_size, runtime, folded, precision, layout, batch)
+            yield Case(name, self.img_size or find(name).img_size, runtime, fused, dtype, memory_format, batch_size)
 
 
-def measure(settings: Settings, log: Callable[[str], None] = print) -> Tuple[List[Row], Ceilings]:
+def measure(settings: Settings, log: Callable[[str], None] = print) -> tuple[list[Row], Peak]:
     """Measure every case of the settings.
 
     Returns:
-        A row for each case, whether it could be timed or not, and the machine's ceilings in the same minutes.
+        A row for each case, whether it could be timed or not, and the machine's peaks in the same minutes.
     """
     torch.set_num_threads(settings.threads)
-    limits: Dict[Any, Forward] = {
-        ('product', precision, name): forward
-        for precision in settings.precisions
-        for name, forward in product_forwards(
-            settings.product_size, settings.device, precision, settings.threads).items()
+    deadline = time.monotonic() + 60 * settings.minutes if settings.minutes else float('inf')
+    peaks: dict[Any, Forward] = {
+        ('matmul', dtype, name): forward
+        for dtype in settings.dtypes
+        for name, forward in matmul_forwards(settings.matmul_size, settings.device, dtype, settings.threads).items()
     }
-    limits['copy'] = Copy(settings.copy_mb * 2 ** 20, settings.device)
-    limit_samples: Dict[Any, List[float]] = {key: [] for key in limits}
-    rows: List[Row] = []
-    for cases in batches(settings, rows):
-        forwards: Dict[Any, Forward] = {}
-        for case, forward, row in built(cases, settings):
+    peaks['copy'] = Copy(settings.copy_mb * 2 ** 20, settings.device)
+    peak_samples: dict[Any, list[float]] = {key: [] for key in peaks}
+    rows: list[Row] = []
+    for cases in groups(settings, rows):
+        forwards: dict[Any, Forward] = {}
+        for case, forward, row in built(cases, settings, deadline):
             log(f'{describe(case)}: {row.status}')
             rows.append(row)
             if forward and row.status == 'ok':
                 forwards[case] = forward
-        log(f'timing {len(forwards)} cases, {settings.rounds} rounds of {settings.calls} calls')
-        samples = interleave({**limits, **forwards}, settings)
-        for key in limits:
-            limit_samples[key] += samples[key]
+        if settings.mode != 'memory':
+            log(f'timing {len(forwards)} cases, {settings.rounds} rounds of {settings.iterations} iterations')
+        samples = interleave({**peaks, **forwards}, settings)
+        state = gpu_state(settings.device)
+        for key in peaks:
+            peak_samples[key] += [on_device or wall for wall, on_device in samples[key]]
         for row in rows:
-            row.samples_ms = samples.get(row.case, row.samples_ms)
+            if row.case in forwards:
+                row.samples_ms = [wall for wall, _ in samples[row.case]]
+                row.device_ms = [on_device for _, on_device in samples[row.case] if on_device is not None]
+                row.gpu_state = state
         del forwards
         torch.compiler.reset()
+        gc.collect()
         release()
 
-    ceilings = ceilings_from(limit_samples, settings)
+    peak = peak_from(peak_samples, settings)
     for row in rows:
         if row.work is not None:
-            row.roofline_ms = ceilings.roofline_ms(row.work, row.case.batch, row.case.precision)
-    return rows, ceilings
+            row.roofline_ms = peak.roofline_ms(row.work, row.case.batch_size, row.case.dtype)
+    return rows, peak
 
 
-def ceilings_from(samples_ms: Dict[Any, List[float]], settings: Settings) -> Ceilings:
-    """The fastest product of each precision, and the copy, which reads and writes each byte."""
+def peak_from(samples_ms: dict[Any, list[float]], settings: Settings) -> Peak:
+    """The fastest matmul of each dtype, and the copy, which reads and writes each byte."""
     seconds = {key: 1e-3 * statistics.median(samples) for key, samples in samples_ms.items()}
-    copied = 2 * settings.copy_mb * 2 ** 20 / seconds.pop('copy')
-    return Ceilings({
-        precision: max(settings.product_size ** 3 / s for (_, p, _), s in seconds.items() if p == precision)
-        for precision in settings.precisions
-    }, copied)
+    bandwidth = 2 * settings.copy_mb * 2 ** 20 / seconds.pop('copy')
+    return Peak({
+        dtype: max(settings.matmul_size ** 3 / s for (_, d, _), s in seconds.items() if d == dtype)
+        for dtype in settings.dtypes
+    }, bandwidth)
 
 
-def batches(settings: Settings, rows: List[Row]) -> Iterator[List[Case]]:
-    """The cases that are timed together. A throughput sweep doubles the batch until a case slows down or fails."""
+def groups(settings: Settings, rows: list[Row]) -> Iterator[list[Case]]:
+    """The cases that are built and timed together: all of them on a CPU, those of one model on a GPU.
+
+    A throughput sweep doubles the batch until a case slows down or fails.
+    """
     if settings.mode != 'throughput':
-        yield list(settings.cases(settings.batch))
+        yield from together(settings.cases(settings.batch_size), settings)
         return
-    cases = list(settings.cases(1))
-    while cases:
-        yield cases
-        batch = 2 * cases[0].batch
-        cases = [
-            dataclasses.replace(case, batch=batch) for case in cases
-            if batch <= settings.batch and not past_its_best(case, rows)
-        ]
+    if settings.batch_sizes:
+        for batch_size in settings.batch_sizes:
+            yield from together(settings.cases(batch_size), settings)
+        return
+    for cases in together(settings.cases(1), settings):
+        while cases:
+            yield cases
+            batch_size = 2 * cases[0].batch_size
+            cases = [
+                dataclasses.replace(case, batch_size=batch_size) for case in cases
+                if batch_size <= settings.batch_size and not past_its_best(case, rows)
+            ]
 
 
-def past_its_best(case: Case, rows: List[Row]) -> bool:
+def together(cases: Iterator[Case], settings: Settings) -> Iterator[list[Case]]:
+    """A GPU holds one model at a time, and its memory is free again before the next."""
+    if torch.device(settings.device).type == 'cpu':
+        yield list(cases)
+        return
+    for _, group in itertools.groupby(cases, key=lambda case: case.model):
+        yield list(group)
+
+
+def past_its_best(case: Case, rows: list[Row]) -> bool:
     """Whether the last step of a sweep failed, or was slower than one before it."""
-    sweep = [row for row in rows if dataclasses.replace(row.case, batch=case.batch) == case]
+    sweep = [row for row in rows if dataclasses.replace(row.case, batch_size=case.batch_size) == case]
     if sweep[-1].status != 'ok':
         return True
-    rates = [row.case.batch / statistics.median(row.samples_ms) for row in sweep]
+    rates = [row.case.batch_size / statistics.median(row.samples_ms) for row in sweep]
     return rates[-1] < max(rates)
 
 
-def built(cases: Sequence[Case], settings: Settings) -> Iterator[Tuple[Case, Optional[Forward], Row]]:
+def built(
+        cases: Sequence[Case], settings: Settings, deadline: float) -> Iterator[tuple[Case, Forward | None, Row]]:
     """Build and check each case; the ones of one model share its weights."""
-    training = settings.mode == 'training'
+    training = settings.mode in ('training', 'memory')
     for (name, img_size), group in itertools.groupby(cases, key=lambda case: (case.model, case.img_size)):
+        if time.monotonic() > deadline:
+            yield from ((case, None, Row(case, TIME_IS_UP)) for case in group)
+            continue
         net = create(dataclasses.replace(find(name), img_size=img_size))
         params = sum(p.numel() for p in net.parameters())
         image = torch.randn(1, 3, img_size, img_size)
-        folded = fold(net, image)
-        work = measure_work(net if training else folded, image)
-        net, folded = net.to(settings.device), folded.to(settings.device)
+        fused = fuse(net, image)
+        work = None if training else measure_work(fused, image)
+        net, fused = net.to(settings.device), fused.to(settings.device)
         for case in group:
-            row = Row(case, 'ok', work=None if training else work, params=params)
-            x = torch.randn(case.batch, 3, img_size, img_size, device=settings.device)
+            row = Row(case, 'ok', work=work, params=params)
             forward = None
             try:
+                if time.monotonic() > deadline:
+                    raise TimeIsUp
+                x = torch.randn(case.batch_size, 3, img_size, img_size, device=settings.device)
                 if training:
-                    forward = training_step(net, x, case, row)
+                    forward = training_step(net, x, case, row, settings)
                 else:
-                    forward = inference(net, folded if case.folded else net, x, case, settings, row)
+                    forward = inference(net, fused if case.fused else net, x, case, settings, row)
             except Exception as e:  # whatever a runtime raises: it is what the row has to say
                 row.status = reason(e)
             yield case, forward, row
 
 
+class TimeIsUp(Exception):
+    pass
+
+
+def reference(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """Logits in IEEE float32. What a device computes of the first image is compared with the CPU.
+
+    Raises:
+        ArithmeticError: The device does not compute in IEEE float32.
+    """
+    set_arithmetic('float32')
+    expected = net(x)
+    if x.device.type != 'cpu':
+        error = relative_error(net(x[:1]), copy.deepcopy(net).cpu()(x[:1].cpu()))
+        if not error <= TOLERANCE['float32']:
+            raise ArithmeticError(f'float32 on {x.device.type} is not IEEE: relative error {error:.1e} to the CPU')
+    return expected
+
+
 def inference(
         net: nn.Module, candidate: nn.Module, x: torch.Tensor, case: Case, settings: Settings, row: Row) -> Forward:
     """A checked forward pass, `net` being the model as it is."""
-    with torch.no_grad():  # not inference mode, without which nothing is exported, and which would compile anew
-        expected = net(x)
+    with torch.no_grad():  # no_grad, because export fails under inference_mode and torch.compile would recompile
+        expected = reference(net, x)
+        set_arithmetic(case.dtype)
+        memory_format = MEMORY_FORMATS[case.memory_format]
         forward = RUNTIMES[case.runtime](
-            candidate.to(memory_format=LAYOUTS[case.layout]), x.to(memory_format=LAYOUTS[case.layout]), case.precision,
+            candidate.to(memory_format=memory_format), x.to(memory_format=memory_format), case.dtype,
             settings.threads)
         row.error = relative_error(forward(), expected)
-    if not row.error <= TOLERANCE[case.precision]:  # also for NaN
+    row.fused_gates = getattr(forward, 'fused_gates', None) if x.device.type == 'cuda' else None
+    if not row.error <= TOLERANCE[case.dtype]:  # also for NaN
         row.status = f'wrong output: relative error {row.error:.1e}'
     return forward
 
 
-def training_step(net: nn.Module, x: torch.Tensor, case: Case, row: Row) -> Forward:
-    """Forward, backward and an AdamW step. Lower precisions are autocast, as in timm's train.py."""
-    if case.folded or case.runtime not in ('eager', 'compile'):
-        raise Unsupported(f'no training {"of a folded model" if case.folded else "with " + case.runtime}')
-    step, loss = prepare_training(case, x)
+def training_step(net: nn.Module, x: torch.Tensor, case: Case, row: Row, settings: Settings) -> Forward | None:
+    """Forward, backward and AdamW step; None if only its memory is asked. Lower dtypes are autocast, as in train.py."""
+    if case.fused or case.runtime not in ('eager', 'compile'):
+        raise Unsupported(f'no training {"of a fused model" if case.fused else "with " + case.runtime}')
+    if case.dtype == 'tf32' and x.device.type != 'cuda':
+        raise Unsupported(f'no TF32 on {x.device.type}')
+    set_arithmetic('float32')
     expected = nn.functional.cross_entropy(net.train()(x), targets(x)).detach()
     net.eval()
+    set_arithmetic(case.dtype)
+    step, loss, trained = prepare_training(case, x)
+    if settings.mode == 'memory':
+        row.kept_mb = kept_mb(loss, trained, len(x))
     row.error = relative_error(loss(), expected)
-    if not row.error <= TOLERANCE[case.precision]:
+    if not row.error <= TOLERANCE[case.dtype]:
         row.status = f'wrong loss: relative error {row.error:.1e}'
     row.memory_mb = peak_memory_mb(case, x.device)
-    return step
+    return None if settings.mode == 'memory' else step
 
 
-def prepare_training(case: Case, x: torch.Tensor) -> Tuple[Forward, Forward]:
-    """A training step, and the loss before it."""
+def kept_mb(loss: Forward, net: nn.Module, batch_size: int) -> float:
+    """What autograd keeps of each image between forward and backward pass, in MiB.
+
+    What has the shape of a parameter is left out: weights, also those that autocast has cast.
+    """
+    kept: dict[int, torch.Tensor] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        value = loss()  # whose graph keeps what was packed, so that no address comes twice
+    shapes = {t.shape for t in (*net.parameters(), *net.buffers())}
+    size = sum(t.untyped_storage().nbytes() for t in kept.values() if t.shape not in shapes)
+    del value
+    return size / batch_size / 2 ** 20
+
+
+def prepare_training(case: Case, x: torch.Tensor) -> tuple[Forward, Forward, nn.Module]:
+    """A training step, the loss before it, and the model that is trained."""
+    memory_format = MEMORY_FORMATS[case.memory_format]
     net = create(dataclasses.replace(find(case.model), img_size=case.img_size)).train()
-    net, x = net.to(x.device).to(memory_format=LAYOUTS[case.layout]), x.to(memory_format=LAYOUTS[case.layout])
+    net, x = net.to(x.device).to(memory_format=memory_format), x.to(memory_format=memory_format)
     forward = compile_whole(net) if case.runtime == 'compile' else net
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
 
     def loss() -> torch.Tensor:
-        with torch.autocast(x.device.type, DTYPES[case.precision], enabled=case.precision != 'float32'):
+        with torch.autocast(x.device.type, DTYPES[case.dtype], enabled=DTYPES[case.dtype] != torch.float32):
             return nn.functional.cross_entropy(forward(x), targets(x))
 
     def step() -> torch.Tensor:
@@ -221,14 +310,14 @@ def prepare_training(case: Case, x: torch.Tensor) -> Tuple[Forward, Forward]:
         optimizer.step()
         return value
 
-    return step, loss
+    return step, loss, net
 
 
 def targets(x: torch.Tensor) -> torch.Tensor:
     return torch.arange(len(x), device=x.device)
 
 
-def peak_memory_mb(case: Case, device: torch.device) -> Optional[float]:
+def peak_memory_mb(case: Case, device: torch.device) -> float | None:
     """The most memory that a training step uses: weights, gradients, optimizer state, activations and scratch space.
 
     As allocated by torch on CUDA. On a CPU the growth of a fresh process, where nothing has left free memory behind.
@@ -248,12 +337,12 @@ def peak_memory_mb(case: Case, device: torch.device) -> Optional[float]:
 
 def two_steps(case: Case, device: torch.device) -> None:
     """The first step creates the optimizer's state, the second one has all of it at once."""
-    step, _ = prepare_training(case, torch.randn(case.batch, 3, case.img_size, case.img_size, device=device))
+    step, *_ = prepare_training(case, torch.randn(case.batch_size, 3, case.img_size, case.img_size, device=device))
     step()
     step()
 
 
-def resident_growth_mb(case: Case, threads: int) -> Optional[float]:
+def resident_growth_mb(case: Case, threads: int) -> float | None:
     torch.set_num_threads(threads)
     before = resident_mb('VmRSS')
     two_steps(case, torch.device('cpu'))
@@ -267,22 +356,30 @@ def resident_mb(field: str) -> float:
     return 0
 
 
-def interleave(forwards: Dict[Any, Forward], settings: Settings) -> Dict[Any, List[float]]:
-    """Time all in turns, so that a machine that slows down slows all of them.
+def interleave(forwards: dict[Any, Forward], settings: Settings) -> dict[Any, list[tuple[float, float | None]]]:
+    """Time all of them in each round, so that a machine that slows down slows all of them.
 
     Returns:
-        Milliseconds of each call, between an idle device before and after.
+        Milliseconds of each iteration, between an idle device before and after, by the clock and by CUDA events.
     """
-    samples: Dict[Any, List[float]] = {key: [] for key in forwards}
+    samples: dict[Any, list[tuple[float, float | None]]] = {key: [] for key in forwards}
     with torch.set_grad_enabled(settings.mode == 'training'), torch.compiler.set_stance('fail_on_recompile'):
-        for forward in forwards.values():
+        for key, forward in forwards.items():
+            set_arithmetic(dtype_of(key))
             warm_up(forward, settings)
         for _ in range(settings.rounds):
             for key, forward in forwards.items():
+                set_arithmetic(dtype_of(key))
                 forward()  # brings weights and activations back into the caches that others have used meanwhile
-                for _ in range(settings.calls):
-                    samples[key].append(timed_ms(forward, settings.device))
+                samples[key] += [timed_ms(forward, settings.device) for _ in range(settings.iterations)]
     return samples
+
+
+def dtype_of(key: Any) -> str:
+    """The dtype of a case, or of a measurement of the machine's peak."""
+    if isinstance(key, Case):
+        return key.dtype
+    return 'float32' if key == 'copy' else key[1]
 
 
 def warm_up(forward: Forward, settings: Settings) -> None:
@@ -290,29 +387,19 @@ def warm_up(forward: Forward, settings: Settings) -> None:
     end = time.perf_counter() + settings.warm_up_s
     best = float('inf')
     while time.perf_counter() < end:
-        times = [timed_ms(forward, settings.device) for _ in range(3)]
+        times = [timed_ms(forward, settings.device)[0] for _ in range(3)]
         if min(times) > 0.99 * best:
             break
         best = min(times)
 
 
-def timed_ms(forward: Forward, device: str) -> float:
+def timed_ms(forward: Forward, device: str) -> tuple[float, float | None]:
     synchronize(device)
     start = time.perf_counter()
-    forward()
+    with device_ms(device) as on_device:
+        forward()
     synchronize(device)
-    return 1e3 * (time.perf_counter() - start)
-
-
-def synchronize(device: str) -> None:
-    if torch.device(device).type != 'cpu':
-        torch.accelerator.synchronize()
-
-
-def release() -> None:
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    return 1e3 * (time.perf_counter() - start), on_device.value
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -323,6 +410,8 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def reason(error: Exception) -> str:
     """One line that says why a case has no times."""
     text = str(error) or type(error).__name__
+    if isinstance(error, TimeIsUp):
+        return TIME_IS_UP
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return 'out of memory'
     prefix = 'unsupported' if isinstance(error, (Unsupported, ImportError)) else f'failed: {type(error).__name__}'
@@ -330,5 +419,5 @@ def reason(error: Exception) -> str:
 
 
 def describe(case: Case) -> str:
-    return (f'{case.model} {case.runtime} {"folded" if case.folded else "plain"} {case.precision} {case.layout} '
-            f'batch {case.batch} {case.img_size}x{case.img_size}')
+    return (f'{case.model} {case.runtime} {"fused" if case.fused else "not fused"} {case.dtype} {case.memory_format} '
+            f'batch {case.batch_size} {case.img_size}x{case.img_size}')

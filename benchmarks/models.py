@@ -1,7 +1,8 @@
 """The models that are measured, the accuracy that was published for them, and weights to measure them with."""
+import ast
 import copy
 import dataclasses
-from typing import Dict, Optional
+from typing import Any
 
 import timm
 import torch
@@ -10,26 +11,27 @@ from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from gmnet_timm.errors import UserError
 from gmnet_timm.info import PAPER
 
-__all__ = ['MODELS', 'Model', 'create', 'find', 'fold']
+__all__ = ['MODELS', 'Model', 'create', 'find', 'fuse', 'split']
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
     """A model of timm, and its published top-1 on ImageNet-1k, in percent."""
 
-    name: str
+    name: str  # of timm, and what else its entry point is given: 'gmnet_s3 gate=fc'
     img_size: int = 224  # height and width, those of the published accuracy
-    top1: Optional[float] = None  # trained without a teacher
-    top1_distilled: Optional[float] = None  # trained with one
+    top1: float | None = None  # trained without a teacher
+    top1_distilled: float | None = None  # trained with one, or on more than ImageNet-1k
     source: str = ''  # where both come from
 
 
 GMNET = 'arXiv 2503.22841'
 TIMM = 'results-imagenet.csv of timm'  # the released weights, as evaluated by timm
 
-MODELS: Dict[str, Model] = {model.name: model for model in [
+MODELS: dict[str, Model] = {model.name: model for model in [
     *(Model(name, 224, paper.top1, source=GMNET) for name, paper in PAPER.items()),
     Model('starnet_s1', 224, 73.5, source=TIMM),
     Model('starnet_s2', 224, 74.7, source=TIMM),
@@ -45,23 +47,57 @@ MODELS: Dict[str, Model] = {model.name: model for model in [
     Model('shvit_s4', 256, 79.4, source=TIMM),
     Model('efficientvim_m2', 224, 75.4, 76.7, 'authors\' repository, mlvlab/EfficientViM'),
     Model('fastvit_t8', 256, 76.2, 77.2, TIMM),
+    Model('efficientvit_b1', 224, 79.3, source=TIMM),
+    Model('cpubone_b0_bfrobust', 224, 77.6, source='authors\' repository, altair199797/CPUBone'),
+    Model('cpubone_b1_bfrobust', 224, 78.7, source='authors\' repository, altair199797/CPUBone'),
+    Model('iformer_s', 224, 78.8, source='authors\' model page, BillionZheng/iFormer'),
+    Model('iformer_m', 224, 80.4, source='authors\' model page, BillionZheng/iFormer'),
+    Model('lowformer_b0', 224, 78.4, source='authors\' repository, altair199797/LowFormer'),
+    Model('lowformer_b1', 224, 79.9, source='authors\' repository, altair199797/LowFormer'),
+    Model('mambaout_femto', 224, 78.9, source=TIMM),
+    Model('mambaout_kobe', 224, 80.0, source=TIMM),
+    Model('fasternet_t2', 224, 78.7, source=TIMM),
+    Model('convnext_femto_ols', 224, 77.9, source=TIMM),
+    Model('hgnetv2_b1', 224, None, 78.9, TIMM),
+    Model('hgnetv2_b2', 224, None, 81.6, TIMM),
+    Model('tiny_vit_5m_224', 224, 79.2, 80.9, f'{TIMM}; distilled: on ImageNet-22k'),
+    Model('repvit_m1_1', 224, None, 80.8, TIMM),
+    Model('mobilenetv4_hybrid_medium', 224, 80.4, source=TIMM),
+    Model('lcnetv2_base', 224, 77.0, 80.1, 'authors\' repository, PaddlePaddle/PaddleClas'),
 ]}
 
 
-def find(name: str) -> Model:
-    """What is known of a model of timm, which may be no more than its name."""
-    return MODELS.get(name, Model(name))
+def split(spec: str) -> tuple[str, dict[str, Any]]:
+    """Name and arguments of 'gmnet_s3 gate=fc recompute_gate=True'."""
+    name, *pairs = spec.split()
+    kwargs: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, value = pair.partition('=')
+        if not (key and equals and value):
+            raise UserError(f'{pair} is not an argument of {name}: write KEY=VALUE.')
+        try:
+            kwargs[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            kwargs[key] = value  # a string without quotes
+    return name, kwargs
+
+
+def find(spec: str) -> Model:
+    """What is known of a model of timm, which may be no more than its name. Accuracies are those of its defaults."""
+    name, _ = split(spec)
+    return MODELS.get(spec, Model(spec, MODELS[name].img_size if name in MODELS else 224))
 
 
 def create(model: Model) -> nn.Module:
-    """A model in evaluation mode whose numbers are of the size that those of a trained model have.
+    """A model in evaluation mode whose activations have realistic magnitudes.
 
     Speed does not depend on what weights mean, but it may on numbers that vanish or overflow, and the check of outputs
     is blind to layers that a fresh layer scale of 1e-6 hides. So layer scales are drawn from 0.1 to 0.5, and BatchNorms
     take their statistics from random images.
     """
     torch.manual_seed(0)
-    net = timm.create_model(model.name)
+    name, kwargs = split(model.name)
+    net = timm.create_model(name, **kwargs)
     norms = {m: m.momentum for m in net.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))}
     for name, p in net.named_parameters():
         if p.abs().max() < 1e-3 and p.ndim and not name.endswith('bias'):
@@ -76,15 +112,15 @@ def create(model: Model) -> nn.Module:
     return net.eval()
 
 
-def fold(net: nn.Module, x: torch.Tensor) -> nn.Module:
-    """A copy with all that can be folded: what the model offers to timm, then BatchNorms right behind a convolution.
+def fuse(net: nn.Module, x: torch.Tensor) -> nn.Module:
+    """A copy with all that can be fused: what the model offers to timm, then BatchNorms right behind a convolution.
 
     Args:
         net: In evaluation mode.
         x: An input; one pass finds out which BatchNorm follows which convolution.
     """
     net = reparameterize_model(copy.deepcopy(net))
-    outputs: Dict[int, tuple] = {}
+    outputs: dict[int, tuple] = {}
     pairs = []
 
     def after_convolution(module, args, output):

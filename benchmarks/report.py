@@ -1,67 +1,92 @@
-"""Tables, the figure and comparisons, from result files alone."""
-import dataclasses
+"""Tables and comparisons, from result files alone."""
 import random
+import re
 import statistics
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Sequence, Tuple
 
-from gmnet_timm.errors import MissingExtraError, UserError
-from gmnet_timm.files import replacing, write_text
+from gmnet_timm.errors import UserError
+from gmnet_timm.files import write_text
 
-from .measure import Case, Row
-from .models import MODELS, find
+from .measure import Case, Row, describe
+from .models import find
 from .results import Results, quantile
 
-__all__ = ['compare', 'report']
+__all__ = ['compare', 'faster', 'latencies', 'machine', 'rendered', 'report', 'update']
 
-START, END = '<!-- benchmarks: start -->', '<!-- benchmarks: end -->'
-SMOKE = 'SMOKE RUN: small images, a call or two. It shows that everything runs; its times say nothing.'
+RESULTS = Path(__file__).parent / 'results'
+SECTION = re.compile(r'(<!-- benchmarks: (\w+) ([\w -]+) -->\n).*?(<!-- benchmarks: end -->)', re.DOTALL)
+SMOKE = 'SMOKE RUN: small images, a few iterations. It shows that everything runs; its times say nothing.'
+ONE_PERCENT = 0.99  # closer than this two models count as equally fast
 
 
-def report(
-        results: Sequence[Results],
-        figure: Optional[Path] = None,
-        document: Optional[Path] = None,
-) -> str:
-    """Markdown tables, one a result file.
+def report(results: Sequence[Results]) -> str:
+    """A Markdown table for each result file, with the conditions that it was measured in."""
+    return '\n\n'.join(f'{table(r)}\n\n{conditions(r)}' for r in results)
 
-    Args:
-        results: What was measured.
-        figure: Where to draw top-1 against latency.
-        document: A Markdown file that has the two markers, between which the tables are put.
+
+def update(document: Path) -> None:
+    """Write the sections of a Markdown file anew, from the result files that they name.
+
+    A section is what stands between `<!-- benchmarks: VIEW NAME ... -->` and `<!-- benchmarks: end -->`. NAME is a file
+    of benchmarks/results without its ending, VIEW is report or faster.
 
     Raises:
-        UserError: The results are of smoke runs and would be published, or the document has no markers.
+        UserError: The document has no section, a view or a file does not exist, or a file is of a smoke run.
     """
-    text = '\n\n'.join(f'{table(r)}\n\n{conditions(r)}' for r in results)
-    if (figure or document) and any(r.settings.smoke for r in results):
-        raise UserError('A smoke run measures nothing: make the figure and the table from a full run.')
-    if figure:
-        draw([r for r in results if r.settings.mode == 'latency'], figure)
-    if document:
-        before, start, rest = document.read_text(encoding='utf-8').partition(START)
-        _, end, after = rest.partition(END)
-        if not (start and end):
-            raise UserError(f'{document} has no markers: add the lines {START} and {END} where the tables belong.')
-        write_text(document, f'{before}{START}\n{text}\n{END}{after}')
-    return text
+    text = document.read_text(encoding='utf-8')
+    if not SECTION.search(text):
+        raise UserError(f'{document} has no section: add the lines <!-- benchmarks: report NAME --> and '
+                        f'<!-- benchmarks: end --> where the tables belong.')
+    write_text(document, rendered(text))
+
+
+def rendered(text: str) -> str:
+    """A Markdown text with its sections written anew."""
+    return SECTION.sub(lambda match: f'{match[1]}{section(match[2], match[3].split())}\n{match[4]}', text)
+
+
+def section(view: str, names: Sequence[str]) -> str:
+    views: dict[str, Callable[[Sequence[Results]], str]] = {'report': report, 'faster': faster}
+    if view not in views:
+        raise UserError(f'A section cannot show {view}: choose {", ".join(views)}.')
+    return views[view]([published(RESULTS / f'{name}.json') for name in names])
+
+
+def published(path: Path) -> Results:
+    """
+    Raises:
+        UserError: `path` is not a result file, or one of a smoke run.
+    """
+    results = Results.load(path)
+    if results.settings.smoke:
+        raise UserError(f'{path} is of a smoke run, which measures nothing: publish a full run.')
+    return results
 
 
 def table(results: Results) -> str:
-    """A row a model, a column a way to run it, in the faster of the layouts that were tried."""
+    """One row per model, one column per way to run it, in the faster of the memory formats that were tried."""
+    if results.settings.mode == 'memory':
+        return memory_table(results)
     columns = {column(row.case, results): None for row in results.rows if row.samples_ms}
-    limited = results.settings.mode != 'training'
-    header = ['model', 'top-1 %', 'params', *(['MACs'] if limited else []), *columns, *(['limit'] if limited else [])]
+    inference = results.settings.mode != 'training'
+    header = ['model', 'top-1 %', 'params', *(['MACs'] if inference else []), *columns,
+              *(['roofline'] if inference else [])]
     lines = []
     for name in {row.case.model: None for row in results.rows}:
         rows = [row for row in results.rows if row.case.model == name]
-        cells = [f'`{name}`', accuracy(name), f'{rows[0].params / 1e6:.1f} M']
-        if limited:
-            cells.append(f'{rows[0].work.macs / 1e9:.2f} G' if rows[0].work else '')
+        cells = [f'`{name}`', accuracy(name), f'{max(row.params for row in rows) / 1e6:.1f} M']
+        if inference:
+            cells.append(next((f'{row.work.macs / 1e9:.2f} G' for row in rows if row.work), ''))
         cells += [value([row for row in rows if column(row.case, results) == c], results) for c in columns]
-        if limited:
-            cells.append(limit(rows, results))
+        if inference:
+            cells.append(roofline(rows, results))
         lines.append(cells)
+    return markdown(header, lines)
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    """An aligned table, the first column to the left, the others to the right."""
     widths = [max(len(line[i]) for line in [header, *lines]) for i in range(len(header))]
     divider = ['-' * width if i == 0 else '-' * (width - 1) + ':' for i, width in enumerate(widths)]
     return '\n'.join(
@@ -71,44 +96,47 @@ def table(results: Results) -> str:
 
 def column(case: Case, results: Results) -> str:
     """What tells the ways to run a model apart, in this run."""
+    settings = results.settings
     parts = [case.runtime]
-    if len(results.settings.precisions) > 1 or case.precision != 'float32':
-        parts.append(case.precision)
-    if len(results.settings.folded) > 1 and not case.folded:
-        parts.append('not folded')
+    if len(settings.dtypes) > 1 or case.dtype != 'float32':
+        parts.append(case.dtype)
+    if len(settings.fused) > 1 and not case.fused:
+        parts.append('not fused')
+    if settings.batch_sizes:
+        parts.append(f'batch {case.batch_size}')
     return ', '.join(parts)
 
 
-def value(rows: List[Row], results: Results) -> str:
-    """A cell: the least milliseconds, or for throughput the most images per second and their batch."""
+def value(rows: list[Row], results: Results) -> str:
+    """A cell: the least milliseconds, or for throughput the most images per second and, in a sweep, their batch."""
     timed = [row for row in rows if row.samples_ms]
     if not timed:
         return rows[0].status.split(':')[0] if rows else ''
     best = max(timed, key=images_per_s)
     if results.settings.mode == 'throughput':
-        return f'{images_per_s(best):,.0f} ({best.case.batch})'
+        return f'{images_per_s(best):,.0f}' + ('' if results.settings.batch_sizes else f' ({best.case.batch_size})')
     ms = statistics.median(best.samples_ms)
     text = f'{ms:,.0f}' if ms >= 100 else f'{ms:.3g}'
     return text if best.memory_mb is None else f'{text} ({best.memory_mb:,.0f} MB)'
 
 
-def limit(rows: List[Row], results: Results) -> str:
-    """The roofline in float32, or in the only precision there is, and how near the fastest case comes to it."""
+def roofline(rows: list[Row], results: Results) -> str:
+    """The roofline in float32, or in the first dtype, and how near the fastest case comes to it."""
     rows = [row for row in rows if row.samples_ms]
-    precision = 'float32' if any(row.case.precision == 'float32' for row in rows) else results.settings.precisions[0]
-    rows = [row for row in rows if row.case.precision == precision]
+    dtype = 'float32' if any(row.case.dtype == 'float32' for row in rows) else results.settings.dtypes[0]
+    rows = [row for row in rows if row.case.dtype == dtype]
     if not rows:
         return ''
-    best = min(rows, key=lambda row: statistics.median(row.samples_ms) / row.case.batch)
-    floor = best.roofline_ms or 0
-    ratio = statistics.median(best.samples_ms) / floor
+    best = min(rows, key=lambda row: statistics.median(row.samples_ms) / row.case.batch_size)
+    least = best.roofline_ms or 0
+    ratio = statistics.median(best.samples_ms) / least
     if results.settings.mode == 'throughput':
-        return f'{1e3 * best.case.batch / floor:,.0f} ({1 / ratio:.0%})'
-    return f'{floor:.3g} (x {ratio:.2f})'
+        return f'{1e3 * best.case.batch_size / least:,.0f} ({1 / ratio:.0%})'
+    return f'{least:.3g} (x {ratio:.2f})'
 
 
 def images_per_s(row: Row) -> float:
-    return 1e3 * row.case.batch / statistics.median(row.samples_ms)
+    return 1e3 * row.case.batch_size / statistics.median(row.samples_ms)
 
 
 def accuracy(name: str) -> str:
@@ -118,27 +146,106 @@ def accuracy(name: str) -> str:
     return ', '.join(filter(None, [plain, distilled]))
 
 
+def latencies(results: Results) -> dict[str, dict[str, float]]:
+    """Milliseconds of the fused models, by column and model, in the faster memory format."""
+    times: dict[str, dict[str, float]] = {}
+    for row in results.rows:
+        if row.samples_ms and row.case.fused:
+            models = times.setdefault(column(row.case, results), {})
+            ms = statistics.median(row.samples_ms)
+            models[row.case.model] = min(ms, models.get(row.case.model, ms))
+    return times
+
+
+def faster(results: Sequence[Results]) -> str:
+    """For each GmNet and runtime, the models that are at least as accurate and faster, with their share of its time."""
+    return '\n\n'.join(
+        f'{machine(r)}, {teacher}:\n\n{faster_table(r, distilled)}'
+        for r in results
+        for distilled, teacher in ((False, 'trained without a teacher, as GmNet is'), (True, 'distilled')))
+
+
+def faster_table(results: Results, distilled: bool) -> str:
+    times = latencies(results)
+    ours = [name for name in results.settings.models if name.startswith('gmnet') and find(name).top1]
+    lines = [
+        [f'`{name}` ({find(name).top1:.1f} %)', *(rivals(name, models, distilled) for models in times.values())]
+        for name in ours]
+    return markdown(['', *times], lines)
+
+
+def rivals(name: str, ms: dict[str, float], distilled: bool) -> str:
+    """A cell of the table: the fastest first; `~` is within one percent."""
+    if name not in ms:
+        return ''
+    found = []
+    for other in sorted(ms, key=ms.__getitem__):
+        model = find(other)
+        top1 = model.top1_distilled if distilled else model.top1
+        share = ms[other] / ms[name]
+        if not other.startswith('gmnet') and top1 and top1 >= (find(name).top1 or 0) and share < 1 / ONE_PERCENT:
+            found.append(f'`{other}` {"~" if share > ONE_PERCENT else f"{share:.2f}"}')
+    return ', '.join(found) or 'none'
+
+
+def memory_table(results: Results) -> str:
+    """What autograd keeps of each image, and the most that a training step had in use, in MiB."""
+    columns = {column(row.case, results): None for row in results.rows if row.kept_mb is not None}
+    header = ['model', 'params', *columns, *(f'peak, {c}' for c in columns)]
+    lines = []
+    for name in {row.case.model: None for row in results.rows}:
+        rows = {column(row.case, results): row for row in results.rows if row.case.model == name}
+        cells = [('{:.1f}', row.kept_mb) for row in map(rows.get, columns) if row]
+        cells += [('{:,.0f}', row.memory_mb) for row in map(rows.get, columns) if row]
+        lines.append([f'`{name}`', f'{max(row.params for row in rows.values()) / 1e6:.1f} M',
+                      *(text.format(number) if number is not None else '' for text, number in cells)])
+    return markdown(header, lines)
+
+
+def machine(results: Results) -> str:
+    """Device, threads and batch of a run."""
+    settings = results.settings
+    name = results.machine.get('gpu', results.machine['cpu'])
+    parts = [re.sub(r'\((R|TM)\)', '', name), f'batch {settings.batch_size}']
+    if settings.device == 'cpu':
+        parts.append(f'{settings.threads} thread{"s" * (settings.threads > 1)}')
+    return ', '.join(parts)
+
+
 def conditions(results: Results) -> str:
     """What the numbers are, and what they were taken on."""
-    machine, settings, ceilings = results.machine, results.settings, results.ceilings
+    machine, settings, peak = results.machine, results.settings, results.peak
+    batches = 'batches of ' + ', '.join(map(str, settings.batch_sizes))
     what = {
-        'latency': f'Milliseconds for a batch of {settings.batch}',
-        'throughput': 'Images per second at the best batch size (in brackets)',
-        'training': f'Milliseconds for a training step of {settings.batch} images (and the most memory it uses)',
+        'latency': f'Milliseconds for a batch of {settings.batch_size}',
+        'throughput': f'Images per second at {batches}' if settings.batch_sizes else
+                      'Images per second at the best batch size (in brackets)',
+        'training': f'Milliseconds for a training step of {settings.batch_size} images (and the most memory it uses)',
+        'memory': f'MiB per image that autograd keeps for the backward pass, and MiB that a step of '
+                  f'{settings.batch_size} images has in use at its peak',
     }[settings.mode]
     versions = ', '.join(f'{name} {version}' for name, version in machine['versions'].items())
-    products = ', '.join(f'{rate / 1e9:,.0f} GMAC/s in {p}' for p, rate in ceilings.macs_per_s.items())
+    computes = ', '.join(f'{rate / 1e9:,.0f} GMAC/s in {dtype}' for dtype, rate in peak.compute_macs_per_s.items())
+    timed = f', medians of {settings.rounds * settings.iterations} iterations in {settings.rounds} interleaved rounds'
     lines = [
-        f'{what}, medians of {settings.rounds * settings.calls} calls in {settings.rounds} interleaved rounds.',
+        f'{what}{"" if settings.mode == "memory" else timed}.',
         f'{machine.get("gpu", machine["cpu"])}, {settings.threads} CPU thread{"s" * (settings.threads > 1)}'
         f'{"" if settings.device == "cpu" else ", on " + settings.device}, allocator: {machine["allocator"]}; '
         f'{versions}, Python {machine["python"]}; commit {machine.get("commit", "unknown")}, {machine["date"]}.',
-        f'The machine\'s ceilings in the same run: matrix product {products}; '
-        f'copy {ceilings.bytes_per_s / 1e9:,.0f} GB/s.',
+        f'The machine\'s peaks in the same run: compute (matmul) {computes}; '
+        f'memory bandwidth {peak.bandwidth_bytes_per_s / 1e9:,.0f} GB/s.',
         f'`{results.command}`',
     ]
+    if settings.mode == 'memory':
+        del lines[2]
+    gates = {row.case.model: row.fused_gates for row in results.rows if row.fused_gates is not None}
+    if gates:
+        lines.append(f'Gates that Inductor fused into a matmul: {", ".join(f"{m} {n}" for m, n in gates.items())}.')
+    held = {row.gpu_state['throttle_reasons'] for row in results.rows if row.gpu_state}
+    if held:
+        lines.append(f'Clocks: {states(results.rows)}; throttle reasons seen: {", ".join(sorted(held))}.')
     missing = {column(row.case, results) for row in results.rows} - {
-        column(row.case, results) for row in results.rows if row.samples_ms}
+        column(row.case, results) for row in results.rows if row.samples_ms or row.kept_mb is not None}
     if missing:
         lines.append(f'Tried, but not available here: {"; ".join(sorted(missing))}.')
     if settings.smoke:
@@ -146,94 +253,19 @@ def conditions(results: Results) -> str:
     return '\n'.join(lines)
 
 
-def draw(results: Sequence[Results], path: Path) -> None:
-    """Published top-1 against measured latency, a panel a runtime, each model folded and in the faster layout."""
-    try:
-        import matplotlib
-    except ModuleNotFoundError as e:
-        raise MissingExtraError('matplotlib', 'bench') from e
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
-    panels: Dict[Tuple[str, str, str], Dict[str, float]] = {}
-    for r in results:
-        machine = f'{r.machine.get("gpu", r.machine["cpu"])}, batch {r.settings.batch}'
-        if r.settings.device == 'cpu':
-            machine += f', {r.settings.threads} thread{"s" * (r.settings.threads > 1)}'
-        for row in r.rows:
-            if row.samples_ms and row.case.folded:
-                points = panels.setdefault((machine, row.case.runtime, row.case.precision), {})
-                ms = statistics.median(row.samples_ms)
-                points[row.case.model] = min(ms, points.get(row.case.model, ms))
-    if not panels:
-        raise UserError('The figure needs latencies of folded models: python -m benchmarks run latency')
-
-    rows = (len(panels) + 1) // 2
-    figure, axes = plt.subplots(rows, 2, figsize=(13, 5.2 * rows), squeeze=False, layout='constrained')
-    for ax in list(axes.flat)[len(panels):]:
-        ax.remove()
-    for ax, ((machine, runtime, precision), points) in zip(axes.flat, panels.items()):
-        draw_panel(ax, points)
-        ax.set_title(f'{runtime}, {precision}\n{machine}', fontsize=10)
-        ax.set_xlabel('milliseconds (log scale)')
-        ax.set_ylabel('published ImageNet-1k top-1, %')
-    handles = [
-        plt.Line2D([], [], color='tab:red', marker='o', label='GmNet'),
-        plt.Line2D([], [], color='tab:blue', marker='o', ls='', label='others, trained without a teacher'),
-        plt.Line2D([], [], color='tab:blue', marker='o', ls='', mfc='white', label='others, distilled'),
-        plt.Line2D([], [], color='0.6', ls='--', label='best of those trained without a teacher'),
-    ]
-    figure.legend(handles=handles, loc='outside lower center', ncols=4, frameon=False)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format=path.suffix[1:] or 'png', dpi=110, metadata={'Date': None}
-                       if path.suffix == '.svg' else None)
-    plt.close(figure)
-
-
-def draw_panel(ax, points: Dict[str, float]) -> None:
-    family = [(ms, MODELS[name].top1) for name, ms in points.items() if name.startswith('gmnet') and name in MODELS]
-    ax.plot(*zip(*sorted(family)), color='tab:red', marker='o', zorder=3)
-    known = [(ms, MODELS[name].top1 or 0) for name, ms in points.items() if name in MODELS]
-    best = frontier([(ms, top1) for ms, top1 in known if top1])
-    ax.plot(*best, color='0.6', ls='--', lw=1, zorder=1)
-    for name, ms in points.items():
-        model = find(name)
-        top1s = [top1 for top1 in (model.top1, model.top1_distilled) if top1]
-        if not top1s:
-            continue
-        ours = name.startswith('gmnet')
-        colour = 'tab:red' if ours else 'tab:blue'
-        ax.plot([ms] * len(top1s), top1s, color=colour, lw=0.6, zorder=2)
-        if model.top1:
-            ax.plot(ms, model.top1, 'o', color=colour, zorder=3)
-        if model.top1_distilled:
-            ax.plot(ms, model.top1_distilled, 'o', color=colour, mfc='white', zorder=3)
-        left = not ours and ms in best[0]  # names keep clear of each other where most models are
-        above = left or model.top1_distilled
-        ax.annotate(
-            name, (ms, max(top1s)), xytext=(-5 if left else 5, 3 if above else -10), ha='right' if left else 'left',
-            textcoords='offset points', fontsize=7.5, color=colour)
-    ax.set_xscale('log')
-    ax.xaxis.set_major_formatter(lambda v, _: f'{v:g}')
-    ax.xaxis.set_minor_formatter(lambda v, _: f'{v:g}' if f'{v:e}'[0] in '235' else '')
-    ax.tick_params(axis='x', which='both', labelsize=8)
-    ax.margins(x=0.17, y=0.08)
-    ax.grid(alpha=0.3)
-
-
-def frontier(points: List[Tuple[float, float]]) -> Tuple[List[float], List[float]]:
-    """The models that no other beats in both, from fast to accurate."""
-    best: List[Tuple[float, float]] = []
-    for ms, top1 in sorted(points):
-        if not best or top1 > best[-1][1]:
-            best.append((ms, top1))
-    return [ms for ms, _ in best], [top1 for _, top1 in best]
+def states(rows: Sequence[Row]) -> str:
+    """The range of clock and power over the models."""
+    found = [row.gpu_state for row in rows if row.gpu_state]
+    return ', '.join(
+        f'{min(float(state[key]) for state in found):.0f} to {max(float(state[key]) for state in found):.0f} {unit}'
+        for key, unit in (('sm_mhz', 'MHz'), ('power_w', 'W')))
 
 
 def compare(before: Results, after: Results) -> str:
     """Ratios of median times, after / before, for the cases that both have; below 1 is faster.
 
-    The 95 % intervals come from drawing rounds anew (bootstrap), as the calls of one round are alike. What the machine
-    itself did in the two runs is shown by the ratios of its ceilings.
+    The 95 % intervals come from drawing rounds anew (bootstrap), as the iterations of one round are alike. The ratios
+    of the machine's peaks show what the machine itself did in the two runs.
 
     Raises:
         UserError: The runs have no case in common.
@@ -249,29 +281,27 @@ def compare(before: Results, after: Results) -> str:
         if before.machine.get(key) != after.machine.get(key)
     ]
     lines += differences
-    for precision in before.ceilings.macs_per_s.keys() & after.ceilings.macs_per_s.keys():
-        ratio = before.ceilings.macs_per_s[precision] / after.ceilings.macs_per_s[precision]
-        lines.append(f'{ratio:.3f}  the machine\'s matrix product, {precision}')
-    lines.append(f'{before.ceilings.bytes_per_s / after.ceilings.bytes_per_s:.3f}  the machine\'s copy')
+    compute = before.peak.compute_macs_per_s, after.peak.compute_macs_per_s
+    for dtype in compute[0].keys() & compute[1].keys():
+        lines.append(f'{compute[0][dtype] / compute[1][dtype]:.3f}  the machine\'s peak compute, {dtype}')
+    bandwidth = before.peak.bandwidth_bytes_per_s / after.peak.bandwidth_bytes_per_s
+    lines.append(f'{bandwidth:.3f}  the machine\'s memory bandwidth')
     for a, b in pairs:
         ratio, low, high = ratio_with_interval(
-            per_round(a, before.settings.calls), per_round(b, after.settings.calls))
-        case = dataclasses.astuple(b.case)
-        name, size, runtime, folded, precision, layout, batch = case
-        lines.append(f'{ratio:.3f} ({low:.3f} to {high:.3f})  {name} {runtime} {"folded" if folded else "plain"} '
-                     f'{precision} {layout} batch {batch} {size}x{size}')
+            per_round(a, before.settings.iterations), per_round(b, after.settings.iterations))
+        lines.append(f'{ratio:.3f} ({low:.3f} to {high:.3f})  {describe(b.case)}')
     return '\n'.join(lines)
 
 
-def per_round(row: Row, calls: int) -> List[float]:
+def per_round(row: Row, iterations: int) -> list[float]:
     samples = row.samples_ms
-    return [statistics.median(samples[i:i + calls]) for i in range(0, len(samples), calls)]
+    return [statistics.median(samples[i:i + iterations]) for i in range(0, len(samples), iterations)]
 
 
-def ratio_with_interval(before: List[float], after: List[float], draws: int = 2000) -> Tuple[float, float, float]:
+def ratio_with_interval(before: list[float], after: list[float], draws: int = 2000) -> tuple[float, float, float]:
     """Ratio of the medians, and its 95 % interval."""
     rng = random.Random(0)
-    median: Callable[[List[float]], float] = statistics.median
+    median: Callable[[list[float]], float] = statistics.median
     ratios = [
         median(rng.choices(after, k=len(after))) / median(rng.choices(before, k=len(before))) for _ in range(draws)
     ]

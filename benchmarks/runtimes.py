@@ -2,43 +2,59 @@
 import copy
 import importlib
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
+from torch._inductor.graph import GraphLowering
 
 from gmnet_timm.errors import MissingExtraError
+
+from .gpu import fused_gates
 
 __all__ = ['DTYPES', 'RUNTIMES', 'Forward', 'Unsupported', 'compile_whole', 'openvino_request']
 
 Forward = Callable[[], torch.Tensor]
-DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+# 'tf32' is float32 in memory, computed with products of 10 bits of mantissa; 'float32' is IEEE arithmetic.
+DTYPES = {'float32': torch.float32, 'tf32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 
 class Unsupported(Exception):
-    """This combination of runtime, device and precision does not exist."""
+    """This combination of runtime, device and dtype does not exist."""
 
 
-def eager(net: nn.Module, x: torch.Tensor, precision: str, threads: int) -> Forward:
-    net, x = cast(net, x, precision)
+def eager(net: nn.Module, x: torch.Tensor, dtype: str, threads: int) -> Forward:
+    net, x = cast(net, x, dtype)
     return lambda: net(x)
 
 
-def compiled(net: nn.Module, x: torch.Tensor, precision: str, threads: int) -> Forward:
-    net, x = cast(net, x, precision)
+def compiled(net: nn.Module, x: torch.Tensor, dtype: str, threads: int) -> Forward:
+    net, x = cast(net, x, dtype)
     return first_call(compile_whole(net), x)
 
 
-def compiled_max(net: nn.Module, x: torch.Tensor, precision: str, threads: int) -> Forward:
-    """Kernels picked by timing them, and CUDA graphs on a GPU."""
-    net, x = cast(net, x, precision)
-    return first_call(compile_whole(net, mode='max-autotune'), x)
+def compiled_max(net: nn.Module, x: torch.Tensor, dtype: str, threads: int) -> Forward:
+    """Kernels picked by timing them, and on a GPU in a CUDA graph.
+
+    In channels_last Inductor may run 1x1 convolutions as matmuls of its own, whose epilogues can hold the gate. The
+    function that is returned has `fused_gates`, how many do.
+    """
+    net, x = cast(net, x, dtype)
+    if x.device.type == 'cuda':
+        torch._dynamo.mark_static_address(x)  # or the graph copies its input in each call
+    code: list[str] = []
+    with mock.patch.object(GraphLowering, 'save_output_code', code.append):
+        forward = first_call(compile_whole(net, mode='max-autotune'), x)
+    forward.fused_gates = sum(map(fused_gates, code))  # type: ignore[attr-defined]
+    return forward
 
 
-def compile_whole(net: nn.Module, mode: Optional[str] = None) -> Callable[[torch.Tensor], torch.Tensor]:
+def compile_whole(net: nn.Module, mode: str | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
     """Compile or raise. Models of one class share a cache unless isolated, and run uncompiled once it is full."""
-    options: Dict[str, Any] = dict(mode=mode, fullgraph=True, dynamic=False, isolate_recompiles=True)
+    options: dict[str, Any] = dict(mode=mode, fullgraph=True, dynamic=False, isolate_recompiles=True)
     return torch.compile(net, **options)
 
 
@@ -49,11 +65,11 @@ def first_call(net: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> 
     return lambda: net(x)
 
 
-def cuda_graph(net: nn.Module, x: torch.Tensor, precision: str, threads: int) -> Forward:
+def cuda_graph(net: nn.Module, x: torch.Tensor, dtype: str, threads: int) -> Forward:
     """Eager kernels, launched all at once."""
     if x.device.type != 'cuda':
         raise Unsupported('CUDA graphs need a CUDA device')
-    net, x = cast(net, x, precision)
+    net, x = cast(net, x, dtype)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # libraries allocate on first use, which a graph must not record
@@ -71,11 +87,11 @@ def cuda_graph(net: nn.Module, x: torch.Tensor, precision: str, threads: int) ->
     return replay
 
 
-def onnxruntime(net: nn.Module, x: torch.Tensor, precision: str, threads: int) -> Forward:
-    if precision == 'bfloat16' or x.device.type not in ('cpu', 'cuda'):
-        raise Unsupported(f'no ONNX Runtime in {precision} on {x.device.type}')
+def onnxruntime(net: nn.Module, x: torch.Tensor, dtype: str, threads: int) -> Forward:
+    if dtype == 'bfloat16' or x.device.type not in ('cpu', 'cuda'):
+        raise Unsupported(f'no ONNX Runtime in {dtype} on {x.device.type}')
     ort = require('onnxruntime')
-    net, x = cast(net, x.contiguous(), precision)
+    net, x = cast(net, x.contiguous(), dtype)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
     # or the threads of one model spin on while the next one is timed
@@ -84,8 +100,12 @@ def onnxruntime(net: nn.Module, x: torch.Tensor, precision: str, threads: int) -
     provider = {'cpu': 'CPUExecutionProvider', 'cuda': 'CUDAExecutionProvider'}[device]
     if provider not in ort.get_available_providers():
         raise Unsupported(f'the installed ONNX Runtime has no {provider}')
+    # 1 is its default, and TF32 for what was asked as float32; heuristics would pick another algorithm in each session
+    provider_options = {'use_tf32': int(dtype == 'tf32'), 'cudnn_conv_algo_search': 'EXHAUSTIVE'}
     with tempfile.TemporaryDirectory() as folder:
-        session = ort.InferenceSession(str(export_onnx(net, x, Path(folder))), options, providers=[provider])
+        session = ort.InferenceSession(
+            str(export_onnx(net, x, Path(folder))), options,
+            providers=[(provider, provider_options if device == 'cuda' else {})])
     output = torch.empty_like(net(x))
     binding = session.io_binding()
     element = x.numpy(force=True).dtype
@@ -99,8 +119,8 @@ def onnxruntime(net: nn.Module, x: torch.Tensor, precision: str, threads: int) -
     return forward
 
 
-def openvino(net: nn.Module, x: torch.Tensor, precision: str, threads: int) -> Forward:
-    request = openvino_request(net, x, precision, threads)
+def openvino(net: nn.Module, x: torch.Tensor, dtype: str, threads: int) -> Forward:
+    request = openvino_request(net, x, dtype, threads)
 
     def forward() -> torch.Tensor:
         request.infer()
@@ -109,20 +129,20 @@ def openvino(net: nn.Module, x: torch.Tensor, precision: str, threads: int) -> F
     return forward
 
 
-def openvino_request(net: nn.Module, x: torch.Tensor, precision: str, threads: int, profile: bool = False):
+def openvino_request(net: nn.Module, x: torch.Tensor, dtype: str, threads: int, profile: bool = False):
     """A request of OpenVINO that has its input."""
     hints = {'float32': 'f32', 'bfloat16': 'bf16'}
-    if x.device.type != 'cpu' or precision not in hints:
-        raise Unsupported(f'no OpenVINO in {precision} on {x.device.type}')
+    if x.device.type != 'cpu' or dtype not in hints:
+        raise Unsupported(f'no OpenVINO in {dtype} on {x.device.type}')
     ov = require('openvino')
     core = ov.Core()
-    if precision == 'bfloat16' and 'BF16' not in core.get_property('CPU', 'OPTIMIZATION_CAPABILITIES'):
+    if dtype == 'bfloat16' and 'BF16' not in core.get_property('CPU', 'OPTIMIZATION_CAPABILITIES'):
         raise Unsupported('this CPU has no bfloat16 instructions that OpenVINO uses')
     settings = {
         'PERF_COUNT': profile,
         'PERFORMANCE_HINT': 'LATENCY',
         'INFERENCE_NUM_THREADS': threads,
-        'INFERENCE_PRECISION_HINT': hints[precision],  # unasked, it takes bfloat16 where the CPU has it
+        'INFERENCE_PRECISION_HINT': hints[dtype],  # unasked, it takes bfloat16 where the CPU has it
     }
     with tempfile.TemporaryDirectory() as folder:
         path = export_onnx(net, x.contiguous(), Path(folder))
@@ -131,19 +151,31 @@ def openvino_request(net: nn.Module, x: torch.Tensor, precision: str, threads: i
     return request
 
 
-RUNTIMES: Dict[str, Callable[[nn.Module, torch.Tensor, str, int], Forward]] = {
+def tensorrt(net: nn.Module, x: torch.Tensor, dtype: str, threads: int) -> Forward:
+    if x.device.type != 'cuda':
+        raise Unsupported('TensorRT needs a CUDA device')
+    trt = require('torch_tensorrt', 'bench-gpu')
+    net, x = cast(net, x, dtype)
+    engine = trt.compile(
+        net, ir='dynamo', arg_inputs=[x], min_block_size=1, disable_tf32=dtype != 'tf32', use_explicit_typing=True)
+    return lambda: engine(x)
+
+
+RUNTIMES: dict[str, Callable[[nn.Module, torch.Tensor, str, int], Forward]] = {
     'eager': eager,
     'compile': compiled,
     'compile-max': compiled_max,
     'cuda-graph': cuda_graph,
     'onnxruntime': onnxruntime,
     'openvino': openvino,
+    'tensorrt': tensorrt,
 }
 
 
-def cast(net: nn.Module, x: torch.Tensor, precision: str):
-    dtype = DTYPES[precision]
-    return copy.deepcopy(net).to(dtype), x.to(dtype)
+def cast(net: nn.Module, x: torch.Tensor, dtype: str):
+    if dtype == 'tf32' and x.device.type != 'cuda':
+        raise Unsupported(f'no TF32 on {x.device.type}')
+    return copy.deepcopy(net).to(DTYPES[dtype]), x.to(DTYPES[dtype])
 
 
 def export_onnx(net: nn.Module, x: torch.Tensor, folder: Path) -> Path:
@@ -154,8 +186,8 @@ def export_onnx(net: nn.Module, x: torch.Tensor, folder: Path) -> Path:
     return path
 
 
-def require(module: str):
+def require(module: str, extra: str = 'bench'):
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as e:
-        raise MissingExtraError(module, 'bench') from e
+        raise MissingExtraError(module, extra) from e

@@ -217,7 +217,7 @@ def _from_files(source: Source) -> LoadedModel:
     if cfg is not None and cfg.fixed_input_size and source.data_config['input_size'][-1] != fixed:
         raise UserError(
             f'{source.description.name} in {path} takes images of {fixed} pixels, not '
-            f'{source.data_config["input_size"][-1]}. Leave out --img-size, or state --model-kwargs img_size=… as trained.')
+            f'{source.data_config["input_size"][-1]}. Leave out --img-size, or state --model-kwargs img_size=….')
     return LoadedModel(
         name=f'{source.description.name} {path}',
         model=source.build(),

@@ -1,6 +1,5 @@
-"""The least time that a model can take on a machine: its work, over the fastest the machine was seen to work."""
+"""The roofline: the least time that a model can take on a machine, from its work and the machine's measured peaks."""
 import dataclasses
-from typing import Dict
 
 import torch
 from torch import nn
@@ -8,17 +7,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from .gpu import set_arithmetic
 from .runtimes import DTYPES, RUNTIMES, Forward, Unsupported
 
-__all__ = ['Ceilings', 'Copy', 'Product', 'Work', 'measure_work', 'product_forwards']
+__all__ = ['Copy', 'Matmul', 'Peak', 'Work', 'matmul_forwards', 'measure_work']
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
     """The least that one forward pass must do, for one image of a batch.
 
-    Counted are convolutions, linear layers and matrix products, nothing else: every activation, norm, sum and gate
-    could be part of the kernel before it. Each reads its inputs once and writes its output once.
+    Counted are convolutions, linear layers and matmuls, nothing else: every activation, norm, sum and gate could be
+    fused into the kernel before it. Each reads its inputs once and writes its output once.
     """
 
     macs: int  # multiply-adds
@@ -27,21 +27,21 @@ class Work:
 
 
 @dataclasses.dataclass(frozen=True)
-class Ceilings:
+class Peak:
     """The fastest the machine was seen to work, in the run that is judged by it."""
 
-    macs_per_s: Dict[str, float]  # of the fastest large matrix product, by precision
-    bytes_per_s: float  # of a large copy, reads and writes
+    compute_macs_per_s: dict[str, float]  # multiply-adds of the fastest large matmul, by dtype
+    bandwidth_bytes_per_s: float  # memory bandwidth of a large copy, reads and writes
 
-    def roofline_ms(self, work: Work, batch: int, precision: str) -> float:
-        size = DTYPES[precision].itemsize
-        compute = batch * work.macs / self.macs_per_s[precision]
-        memory = (work.weights + batch * work.activations) * size / self.bytes_per_s
-        return 1e3 * max(compute, memory)
+    def roofline_ms(self, work: Work, batch_size: int, dtype: str) -> float:
+        """The least time of a forward pass: compute or memory, whichever takes longer."""
+        compute = batch_size * work.macs / self.compute_macs_per_s[dtype]
+        elements = work.weights + batch_size * work.activations
+        return 1e3 * max(compute, elements * DTYPES[dtype].itemsize / self.bandwidth_bytes_per_s)
 
 
 class _Traffic(TorchDispatchMode):
-    """Counts the elements that convolutions and products read and write."""
+    """Counts the elements that convolutions and matmuls read and write."""
 
     elements = 0
 
@@ -53,7 +53,7 @@ class _Traffic(TorchDispatchMode):
 
 
 def measure_work(net: nn.Module, x: torch.Tensor) -> Work:
-    """Count the work of a (folded) model; `x` is one image, (1, C, H, W)."""
+    """Count the work of a (fused) model; `x` is one image, (1, C, H, W)."""
     with torch.no_grad(), FlopCounterMode(display=False) as flops:
         net(x)
     elements = []
@@ -65,26 +65,26 @@ def measure_work(net: nn.Module, x: torch.Tensor) -> Work:
     return Work(flops.get_total_flops() // 2, elements[0] - activations, activations)
 
 
-class Product(nn.Module):
-    """A large square matrix product."""
+class Matmul(nn.Module):
+    """A large square matmul."""
 
     def __init__(self, size: int):
         super().__init__()
-        self.size = size
         self.linear = nn.Linear(size, size, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.linear(x)
 
 
-def product_forwards(size: int, device: str, precision: str, threads: int) -> Dict[str, Forward]:
-    """The same product by each runtime's library: which is fastest differs between machines, by a factor of two."""
+def matmul_forwards(size: int, device: str, dtype: str, threads: int) -> dict[str, Forward]:
+    """The same matmul in each runtime's library: which is fastest differs between machines, by a factor of two."""
     forwards = {}
-    product, x = Product(size).to(device).eval(), torch.randn(size, size, device=device)
+    set_arithmetic(dtype)
+    matmul, x = Matmul(size).to(device).eval(), torch.randn(size, size, device=device)
     for name in ('eager', 'onnxruntime', 'openvino'):  # compiled, it is that of eager
         try:
             with torch.no_grad():
-                forwards[name] = RUNTIMES[name](product, x, precision, threads)
+                forwards[name] = RUNTIMES[name](matmul, x, dtype, threads)
         except (Unsupported, ImportError):
             continue
     return forwards
