@@ -1,4 +1,5 @@
 """What pip installs: the wheel, its metadata and its dependencies."""
+import importlib.metadata
 import re
 import subprocess
 import sys

@@ -31,8 +31,8 @@ MODEL_KEY, ARGS_KEY, ASSUMED_KEY = 'model', 'model_args', 'assumed'  # in the me
 
 # Arguments of `timm.create_model` that change training only, or nothing.
 _WITHOUT_EFFECT = {
-    'drop_rate', 'drop_path_rate', 'drop_block_rate', 'recompute_gate', 'bn_momentum', 'scriptable', 'exportable', 'no_jit',
-    'device', 'dtype',
+    'drop_rate', 'drop_path_rate', 'drop_block_rate', 'recompute_gate', 'bn_momentum', 'scriptable', 'exportable',
+    'no_jit', 'device', 'dtype',
 }
 # Values that only tensors being known leaves open, and what is then assumed: the published models' values.
 _ASSUMED = {'act_layer': 'relu6', 'global_pool': 'avg', 'output_stride': 32}
