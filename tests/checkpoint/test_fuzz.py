@@ -1,38 +1,262 @@
-"""Damaged and hostile files: an error that says so, and never a crash, a hang, executed code or exhausted memory."""
-import builtins
+"""Ten thousand damaged and hostile files: errors that say so, and never other weights, a crash, a hang or run code.
+
+Each worker process reads a chunk of files, with a watchdog that ends it if one takes too long. Values without a
+checksum cannot be covered: those of legacy torch files and of safetensors files without a recorded hash. That these are
+never called checked is. The file of a failure can be made again: `make_case(seed)`.
+"""
 import collections
-import io
+import contextlib
+import faulthandler
 import json
 import os
-import pickle
+import pickletools
 import random
 import re
 import struct
-import tarfile
+import subprocess
+import sys
 import time
-import zipfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
-from safetensors.torch import save, save_file
+from checkpoint_files import (
+    Call,
+    Entry,
+    craft_zip,
+    legacy_file,
+    pickled,
+    records_of,
+    run_content,
+    same,
+    save_hashed,
+    saved,
+    storage,
+    tensor,
+    weights,
+    zip_file,
+    zip_of,
+)
 
-from gmnet_timm import GmNet
 from gmnet_timm.checkpoint.architecture import infer_architecture
-from gmnet_timm.checkpoint.description import describe_tensors
-from gmnet_timm.checkpoint.reading import CheckpointError, read_checkpoint
-from gmnet_timm.checkpoint.writing import save_weights
-from gmnet_timm.source import read_source
+from gmnet_timm.checkpoint.reading import CheckpointError, read_checkpoint, read_metadata
+from gmnet_timm.gmnet import GmNet
 
-SUFFIXES = {'hashed': '.safetensors', 'plain': '.safetensors', 'zip': '.pth', 'legacy': '.pth'}
-CASES_PER_FORMAT = 600
-MAX_SECONDS_PER_CASE = 5
-MAX_EXTRA_MEMORY = 300 << 20  # bytes
+CASES = 12_000
+CHUNK = 3000
+MAX_SECONDS = 10  # for one file
+BEYOND = 256 << 20  # bytes of memory beside twice the file
+
+CANARY = 'pickled_code_ran'
 
 
-def tiny_state_dict():
-    torch.manual_seed(0)
-    return GmNet(base_dim=2, depths=(1, 1), mlp_ratios=(2, 1), stem_chs=2, num_classes=3).state_dict()
+def original(kind: str, offset: float = 0.) -> bytes:
+    """A file with nothing wrong with it."""
+    if kind in ('zip', 'legacy'):
+        content = run_content()
+        content.update(state_dict_ema=weights(offset), state_dict=weights(offset + 100.))
+        return saved(content, zipped=kind == 'zip')
+    if kind == 'bare':
+        return saved(weights(offset))
+    tensors = {key: value.clone(memory_format=torch.contiguous_format) for key, value in weights(offset).items()}
+    if kind == 'plain':
+        return safetensors.torch.save(tensors)
+    path = Path(f'original-{os.getpid()}.safetensors')
+    save_hashed(tensors, path, force=True)
+    return path.read_bytes()
+
+
+KINDS = ('zip', 'bare', 'legacy', 'plain', 'hashed')
+CHECKED = ('zip', 'bare', 'hashed')  # with a checksum of the values
+SUFFIX = {'plain': '.safetensors', 'hashed': '.safetensors'}
+
+
+class Files:
+    """Originals, and their like with other values."""
+
+    def __init__(self) -> None:
+        self.raw = {kind: (original(kind), original(kind, 5.)) for kind in KINDS}
+        self.all = {raw for both in self.raw.values() for raw in both}
+
+
+def damaged(raw: bytes, rng: random.Random) -> bytes:
+    """One injury, half of them where the structure is: in headers and pickles, and at both ends."""
+    data = bytearray(raw)
+    marks = [0, *(match.start() + rng.randrange(-4, 60) for match in re.finditer(b'PK|\x80\x02|"', raw))]
+    at = rng.choice([rng.randrange(len(data)), min(max(rng.choice(marks), 0), len(data) - 1)])
+    width = rng.choice((1, 2, 4, 8, 64))
+    how = rng.randrange(9)
+    if how < 4:
+        data[at] ^= 1 << rng.randrange(8)
+    elif how == 4:
+        del data[at:]
+    elif how == 5:
+        data[at:at + width] = rng.choice((rng.randbytes(width), b'\xff' * width, bytes(width), raw[:width]))
+    elif how == 6:
+        data[at:at] = rng.randbytes(width)
+    elif how == 7:
+        del data[at:at + width]
+    else:
+        data[at:at + width] = raw[(source := rng.randrange(len(raw))):source + width]
+    return bytes(data)
+
+
+def damage(files: Files, rng: random.Random) -> tuple[str, bytes]:
+    kind = rng.choice(KINDS)
+    return kind, damaged(files.raw[kind][0], rng)
+
+
+def splice(files: Files, rng: random.Random) -> tuple[str, bytes]:
+    """Parts of two files in one: as by a download that was started again, or by somebody who hides one in another."""
+    kind, other = rng.choice(KINDS), rng.choice(KINDS)
+    a, b = files.raw[kind][0], files.raw[other][1]
+    cut, cut_b = rng.randrange(len(a)), rng.randrange(len(b))
+    return kind, rng.choice([
+        a + b, damaged(a, rng) + b, a + damaged(b, rng), a[:cut] + b, a + b[cut_b:], a[:cut] + b[cut:],
+        a[:cut] + b[cut_b:], rng.randbytes(rng.randrange(1, 100)) + a, a + rng.randbytes(rng.randrange(1, 100)),
+        a + zip_of([]), zip_of([('x', b)]) + a, zip_of([('x', a)]), a[:cut] + b + a[cut:]])
+
+
+def headers(files: Files, rng: random.Random) -> tuple[str, bytes]:
+    """A zip file with right parts, put together wrongly."""
+    kind = rng.choice(('zip', 'bare'))
+    entries = [Entry(name, data) for name, data in records_of(files.raw[kind][0])]
+    others = [Entry(name, data) for name, data in records_of(files.raw[kind][1])]
+    entry = rng.choice(entries)
+    options, end = {}, {}
+    how = rng.randrange(9)
+    numbers = (0, 1, 16, 32, 8, 1 << 11, 0xFFFF, 0xFFFFFFFF, len(entry.data), rng.randrange(1 << 16))
+    fields = ('flags', 'method', 'crc', 'packed', 'size', 'disk', 'attributes', 'offset')
+    limit = {'flags': 0xFFFF, 'method': 0xFFFF, 'disk': 0xFFFF}
+    if how in (0, 1):
+        field = rng.choice(fields)
+        change = {field: rng.choice(numbers) & limit.get(field, 0xFFFFFFFF)}
+        entry.central = change
+        entry.local = change if how and field not in ('disk', 'attributes', 'offset') else {}
+    elif how == 2:
+        entry.name = rng.choice(entries).name
+    elif how == 3:
+        entries.insert(rng.randrange(len(entries)), rng.choice(others))
+    elif how == 4:
+        entries[entries.index(entry)] = Entry(entry.name, rng.choice(others).data, central={'crc': numbers[-1]})
+    elif how == 5:
+        entry.local = {'name': rng.choice(entries).name.encode()}
+    elif how == 6:
+        end = {rng.choice(('count', 'here', 'disk', 'start_disk')): rng.choice(numbers) & 0xFFFF}
+    elif how == 7:
+        end = {rng.choice(('size', 'offset')): rng.choice(numbers)}
+    else:
+        a, b = rng.choice(entries), rng.choice(entries)
+        a.central, b.central = {'name': b.name.encode()}, {'name': a.name.encode()}
+    options['zip64'] = rng.random() < 0.3
+    for each in entries:
+        each.zip64 = options['zip64'] and rng.random() < 0.3
+    return kind, craft_zip(entries, **options, **end)
+
+
+HOSTILE: list[Callable[[], object]] = [
+    lambda: Call(os.system, f'touch {CANARY}'),
+    lambda: Call(eval, f'open({CANARY!r}, "w")'),
+    lambda: Call(Path.touch, Path(CANARY)),
+    lambda: Call(bytearray, 3_000_000_000),
+    lambda: Call(torch.Tensor, 1_000_000_000),
+    lambda: Call(torch.UntypedStorage, 3_000_000_000),
+    lambda: Call(torch.hub.load, 'x', 'y'),
+    lambda: tensor(6, (1 << 40,), (0,)),
+    lambda: tensor(6, (1 << 30,), (1,)),
+    lambda: tensor(1 << 30, (6,), (1,)),
+    lambda: tensor(6, (-1,), (1,)),
+    lambda: storage(1 << 40),
+    lambda: Call(
+        torch._utils._rebuild_qtensor, storage(6), 0, (1 << 32,), (1,), (torch.per_tensor_affine, 1., 0), False, {}),
+    lambda: Call(
+        torch._utils._rebuild_device_tensor_from_cpu_tensor, tensor(6, (1 << 32,), (0,)), torch.float64, 'cpu', False),
+    lambda: Call(collections.OrderedDict, [('a', Call(os.system, f'touch {CANARY}'))]),
+]
+
+
+def hostile_pickle(files: Files, rng: random.Random) -> tuple[str, bytes]:
+    """A right file around a pickle that asks for code or memory."""
+    value = rng.choice(HOSTILE)()
+    good = tensor(6, (2, 3), (3, 1))
+    content = rng.choice([
+        value, {'a': value}, {'a': good, 'b': value}, {'state_dict': {'a': good}, 'args': value},
+        {'state_dict': {'a': good}, 'optimizer': [{'x': (value,)}]}, [value] * 5, {'a': good, 'a' * 50: value},
+        {'state_dict_ema': value, 'state_dict': {'a': good}}])
+    data = pickled(content, protocol=rng.choice((2, 2, 2, 4)))
+    if rng.random() < 0.3:
+        data = damaged(data, rng)
+    raw = struct.pack('<6f', *range(6))
+    return 'foreign', zip_file(data, raw) if rng.random() < 0.5 else legacy_file(data, raw, ('0',))
+
+
+def random_pickle(files: Files, rng: random.Random) -> tuple[str, bytes]:
+    """A pickle whose opcodes were shuffled, repeated, or drawn at random, with right checksums around it."""
+    records = dict(records_of(files.raw['zip'][0]))
+    name = next(name for name in records if name.endswith('data.pkl'))
+    data = records[name]
+    starts = [position for _, _, position in pickletools.genops(data)] + [len(data)]
+    pieces = [data[a:b] for a, b in zip(starts, starts[1:])]
+    for _ in range(rng.randrange(1, 6)):
+        at = rng.randrange(1, len(pieces))
+        how = rng.randrange(5)
+        if how == 0:
+            del pieces[at]
+        elif how == 1:
+            pieces[at:at] = [pieces[at]] * rng.choice((1, 5, 50_000))
+        elif how == 2:
+            pieces[at] = rng.choice(pieces)
+        elif how == 3:
+            pieces[at:at] = [bytes([rng.randrange(256)])]
+        else:
+            pieces[at:at + 20] = rng.sample(pieces[at:at + 20], len(pieces[at:at + 20]))
+    records[name] = b''.join(pieces)
+    return 'foreign', zip_of(records.items())
+
+
+def safetensors_header(files: Files, rng: random.Random) -> tuple[str, bytes]:
+    kind = rng.choice(('plain', 'hashed'))
+    raw = files.raw[kind][0]
+    length = struct.unpack('<Q', raw[:8])[0]
+    header = json.loads(raw[8:8 + length])
+    name = rng.choice([key for key in header if key != '__metadata__'])
+    big = rng.choice((0, 1, -1, 1 << 31, 1 << 40, 1 << 62, 1 << 64, 10 ** 400, 0.5, None, 'x', [], {}))
+    how = rng.randrange(8)
+    if how == 0:
+        header[name]['shape'] = rng.choice(([big], [big, big], big, [1] * 100_000))
+    elif how == 1:
+        header[name]['data_offsets'] = rng.choice(([big, 8], [0, big], [8, 0], big))
+    elif how == 2:
+        header[name]['dtype'] = rng.choice(('F64', 'F16', 'BF16', 'I64', 'F8_E4M3', 'BOOL', 'F4', 'X', 3))
+    elif how == 3:
+        header[rng.choice((name + 'x', 'a\nb', ''))] = rng.choice((big, header[name], {}))
+    elif how == 4:
+        many = {str(i): 'x' for i in range(10_000)}
+        header['__metadata__'] = rng.choice((big, {'a': big}, {'weights_sha256': 'x'}, many))
+    elif how == 5:
+        return 'foreign', struct.pack('<Q', rng.choice((0, 1, length + 1, 1 << 40, (1 << 64) - 1))) + raw[8:]
+    elif how == 6:
+        text = rng.choice((b'[' * 50_000, b'{"a":' * 50_000, b'{}', b'null', b'"', b'{"a":1,"a":2}', b'\xff' * 100))
+        return 'foreign', struct.pack('<Q', len(text)) + text + raw[8 + length:]
+    else:
+        values = list(header.values())
+        rng.shuffle(values)
+        header = dict(zip(header, values))
+    text = json.dumps(header).encode()
+    return 'foreign', struct.pack('<Q', len(text)) + text + raw[8 + length:]
+
+
+MAKERS = (damage, damage, damage, splice, headers, headers, hostile_pickle, random_pickle, safetensors_header)
+
+
+def make_case(seed: int, files: Files) -> tuple[str, str, bytes]:
+    """What was done, to which kind of file ('foreign' if there is no original to compare with), and the file."""
+    rng = random.Random(seed)
+    maker = MAKERS[seed % len(MAKERS)]
+    kind, raw = maker(files, rng)
+    return maker.__name__, kind, raw
 
 
 def memory(what: str) -> int:
@@ -40,215 +264,102 @@ def memory(what: str) -> int:
     return int(re.search(rf'{what}:\s+(\d+) kB', Path('/proc/self/status').read_text()).group(1)) * 1024
 
 
-@pytest.fixture(autouse=True)
-def bounded_memory():
-    try:
+@contextlib.contextmanager
+def watched(length: int) -> Iterator[None]:
+    faulthandler.dump_traceback_later(MAX_SECONDS, exit=True)
+    with contextlib.suppress(OSError):
         Path('/proc/self/clear_refs').write_text('5')  # resets VmHWM
-    except OSError:
-        yield  # no Linux
-        return
     before = memory('VmRSS')
     yield
-    assert memory('VmHWM') - before < MAX_EXTRA_MEMORY
+    faulthandler.cancel_dump_traceback_later()
+    assert memory('VmHWM') - before < 2 * length + BEYOND, 'memory'
 
 
-def read(path):
-    """The weights in a file, None if it was refused. Anything but a refusal or usable weights fails the test."""
-    start = time.monotonic()
+def check(maker: str, kind: str, raw: bytes, path: Path, files: Files, expected: dict) -> bool:
+    """Whether the file was refused. Raises for what must not happen."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(raw)
+    refused = False
     try:
-        state_dict = read_checkpoint(path).state_dict
-        infer_architecture(state_dict)
+        with watched(len(raw)):
+            checkpoint = read_checkpoint(path)
     except CheckpointError as e:
-        assert str(e)
-        return None
-    finally:
-        assert time.monotonic() - start < MAX_SECONDS_PER_CASE
-    assert all(torch.isfinite(value).all() for value in state_dict.values())
-    return state_dict
+        assert '\n' not in str(e) and len(str(e)) < 2000, 'message'
+        refused = True
+    else:
+        state_dict = checkpoint.state_dict
+        assert sum(value.numel() * value.element_size() for value in state_dict.values()) <= len(raw), 'size'
+        if raw in files.all:  # a splice can be of all of one and nothing of the other
+            pass
+        elif kind in CHECKED:
+            assert same(state_dict, expected), 'wrong weights'
+            assert checkpoint.protection is not None or kind == 'hashed', 'protection'
+        elif kind != 'foreign':
+            assert checkpoint.protection is None, 'protection'
+    with contextlib.suppress(CheckpointError), watched(len(raw)):
+        read_metadata(path)
+    assert not os.path.exists(CANARY), 'code ran'
+    return refused
+
+
+def work(start: int, count: int) -> dict:
+    """Read a chunk of files; run in a process of its own."""
+    files, expected = Files(), weights()
+    for kind in KINDS:
+        path = Path(f'good{SUFFIX.get(kind, ".pth")}')
+        assert not check('original', kind, files.raw[kind][0], path, files, expected)
+    outcomes: collections.Counter = collections.Counter()
+    failures = []
+    for seed in range(start, start + count):
+        maker, kind, raw = make_case(seed, files)
+        suffix = '.safetensors' if maker == 'safetensors_header' else SUFFIX.get(kind, '.pth')
+        try:
+            refused = check(maker, kind, raw, Path(f'case{suffix}'), files, expected)
+        except Exception as e:
+            failures.append(f'seed {seed}, {maker}, {kind}: {type(e).__name__}: {e}'[:500])
+        else:
+            outcomes[f'{maker} {"refused" if refused else "read"}'] += 1
+    return {'outcomes': outcomes, 'failures': failures}
+
+
+@pytest.mark.slow
+def test_ten_thousand_files(tmp_path):
+    """0 wrong weights, 0 tracebacks, 0 hangs, 0 runs of code, and the memory bound."""
+    chunks = [(start, min(CHUNK, CASES - start)) for start in range(0, CASES, CHUNK)]
+    outcomes: collections.Counter = collections.Counter()
+    for first, second in zip(chunks[::2], chunks[1::2], strict=True):
+        processes = []
+        for start, count in (first, second):
+            (tmp_path / str(start)).mkdir()
+            processes.append(subprocess.Popen(
+                [sys.executable, __file__, str(start), str(count)], cwd=tmp_path / str(start), text=True,
+                stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                env={**os.environ, 'PYTHONPATH': os.pathsep.join(sys.path), 'OMP_NUM_THREADS': '1'}))
+        for process in processes:
+            out, errors = process.communicate(timeout=280)
+            assert process.returncode == 0, errors[-3000:]  # a crash, or the watchdog
+            result = json.loads(out)
+            assert not result['failures']
+            outcomes.update(result['outcomes'])
+    assert sum(outcomes.values()) == CASES
+    for maker in {maker.__name__ for maker in MAKERS}:
+        assert outcomes[f'{maker} refused'] > 100, outcomes
+    assert outcomes['damage read'] > 100  # damage to what is not used, or cannot be seen
+
+
+def tiny_state_dict():
+    torch.manual_seed(0)
+    return GmNet(base_dim=2, depths=(1, 1), mlp_ratios=(2, 1), stem_chs=2, num_classes=3).state_dict()
 
 
 def refuse(path, *words):
     with pytest.raises(CheckpointError) as info:
-        read_source(path)
+        infer_architecture(read_checkpoint(path).state_dict)
     for word in words:
         assert word in str(info.value)
 
 
-def original_file(kind: str, path: Path) -> bytes:
-    state_dict = tiny_state_dict()
-    if kind == 'hashed':
-        save_weights(state_dict, path, describe_tensors(state_dict))
-    elif kind == 'plain':
-        save_file(state_dict, path)
-    else:
-        torch.save(state_dict, path, _use_new_zipfile_serialization=kind == 'zip')
-    return path.read_bytes()
-
-
-def damage(raw: bytes, rng: random.Random) -> bytes:
-    """One random injury."""
-    data = bytearray(raw)
-    at = rng.randrange(len(data))
-    structure = rng.randrange(min(len(data), 4096)) * rng.choice((1, -1))  # headers and directories are at the ends
-    how = rng.choice(['flip'] * 2 + ['flip structure'] * 2 + ['cut', 'overwrite', 'insert', 'remove', 'zero'])
-    if how == 'flip':
-        data[at] ^= 1 << rng.randrange(8)
-    elif how == 'flip structure':
-        data[structure] ^= 1 << rng.randrange(8)
-    elif how == 'cut':
-        del data[at:]
-    elif how == 'overwrite':
-        data[at:at + 8] = rng.choice((rng.randbytes(8), b'\xff' * 8, struct.pack('<Q', 1 << 62)))
-    elif how == 'insert':
-        data[at:at] = rng.randbytes(rng.randrange(1, 9))
-    elif how == 'remove':
-        del data[at:at + rng.randrange(1, 9)]
-    else:
-        data[at:at + 64] = bytes(len(data[at:at + 64]))
-    return bytes(data)
-
-
-def same(state_dict, other) -> bool:
-    return state_dict.keys() == other.keys() and all(
-        value.dtype == other[key].dtype and torch.equal(value, other[key]) for key, value in state_dict.items())
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('kind', SUFFIXES)
-def test_random_damage(kind, tmp_path):
-    """Where a format has checksums or a recorded hash, whatever still loads is what was written."""
-    path = tmp_path / f'checkpoint{SUFFIXES[kind]}'
-    raw = original_file(kind, path)
-    expected = tiny_state_dict()
-    assert same(read(path), expected)
-    rng = random.Random(kind)
-    refused = 0
-    for case in range(CASES_PER_FORMAT):
-        path.write_bytes(damage(raw, rng))
-        state_dict = read(path)
-        if state_dict is None:
-            refused += 1
-        elif kind in ('hashed', 'zip'):
-            assert same(state_dict, expected), f'case {case}'
-        else:
-            shapes = [{key: value.shape for key, value in tensors.items()} for tensors in (state_dict, expected)]
-            assert shapes[0] == shapes[1], f'case {case}'
-    assert refused > CASES_PER_FORMAT // 4
-
-
-@pytest.mark.parametrize('length', [0, 1, 7, 1 << 20, 100_000_001, 1 << 40, 1 << 63, (1 << 64) - 1])
-def test_safetensors_header_length(length, tmp_path):
-    raw = save(tiny_state_dict())
-    (tmp_path / 'x.safetensors').write_bytes(struct.pack('<Q', length) + raw[8:])
-    refuse(tmp_path / 'x.safetensors')
-
-
-@pytest.mark.parametrize('change', [
-    {'shape': [1 << 40]}, {'shape': [1 << 62, 1 << 62]}, {'shape': [-1]}, {'shape': []}, {'shape': [3, 1]},
-    {'dtype': 'F64'}, {'dtype': 'I32'}, {'dtype': 'F8_E4M3'}, {'dtype': 'X'}, {'data_offsets': [0, 1 << 50]},
-    {'data_offsets': [8, 0]}, {'data_offsets': [-4, 8]}, {'data_offsets': 'x'},
-])
-def test_safetensors_entry(change, tmp_path):
-    raw = save(tiny_state_dict())
-    start = 8 + struct.unpack('<Q', raw[:8])[0]
-    header = json.loads(raw[8:start])
-    header['head.bias'].update(change)
-    text = json.dumps(header).encode()
-    (tmp_path / 'x.safetensors').write_bytes(struct.pack('<Q', len(text)) + text + raw[start:])
-    refuse(tmp_path / 'x.safetensors')
-
-
-def legacy_file(obj, storage_elements: int, protocol: int = 2) -> bytes:
-    """torch's format before zip files, with one storage that claims a size of its own."""
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, obj):
-            return ('storage', torch.FloatStorage, '0', 'cpu', storage_elements, None) if obj == 'STORAGE' else None
-
-    file = io.BytesIO()
-    for value in (0x1950a86a20f9469cfc6c, 1001, {'protocol_version': 1001, 'little_endian': True, 'type_sizes': {}}):
-        pickle.dump(value, file, protocol)
-    Pickler(file, protocol).dump(obj)
-    pickle.dump(['0'], file, protocol)
-    return file.getvalue() + struct.pack('<q', storage_elements) + bytes(64)
-
-
-class Call:
-    """Pickles to the call of a function."""
-
-    def __init__(self, function, *args):
-        self.reduced = (function, args)
-
-    def __reduce__(self):
-        return self.reduced
-
-
-@pytest.mark.parametrize('elements', [1 << 20, 1 << 33, 10 ** 15, 1 << 62, -1])
-def test_huge_storage_in_legacy_pickle(elements, tmp_path):
-    size = (max(elements, 1),)
-    tensor = Call(torch._utils._rebuild_tensor_v2, 'STORAGE', 0, size, (1,), False, collections.OrderedDict())
-    (tmp_path / 'x.pth').write_bytes(legacy_file({'head.bias': tensor}, elements))
-    refuse(tmp_path / 'x.pth')
-
-
-@pytest.mark.parametrize('tail', [
-    b'\x8d' + struct.pack('<Q', 1 << 40), b'\x8a\xff', b'\x8b' + struct.pack('<i', 1 << 30), b'B\xff\xff\xff\x7f',
-    b'(' * 100_000, b'}' * 100_000 + b'.', b'j\xff\xff\xff\x7f.', b'r\xff\xff\xff\x7f.',
-], ids=['unicode', 'long1', 'long4', 'bytes', 'marks', 'dicts', 'get', 'put'])
-def test_pickle_that_claims_much(tail, tmp_path):
-    (tmp_path / 'x.pth').write_bytes(legacy_file({}, 1)[:40] + b'\x80\x02' + tail)
-    refuse(tmp_path / 'x.pth')
-    (tmp_path / 'y.pth').write_bytes(b'\x80\x02' + tail)
-    refuse(tmp_path / 'y.pth')
-
-
-def rewrite_zip(path: Path, change, compression=zipfile.ZIP_STORED) -> None:
-    """Copy a checkpoint of torch, with what `change(name, data)` makes of its records, and right checksums."""
-    torch.save(tiny_state_dict(), path)
-    with zipfile.ZipFile(path) as file:
-        records = [(info.filename, file.read(info)) for info in file.infolist()]
-    with zipfile.ZipFile(path, 'w', compression) as file:
-        for name, data in records:
-            file.writestr(name, change(name, data))
-
-
-def test_zip_records(tmp_path):
-    """Checksums that are right prove nothing by themselves."""
-    path = tmp_path / 'x.pth'
-    rewrite_zip(path, lambda name, data: data)
-    assert same(read(path), tiny_state_dict())
-    rewrite_zip(path, lambda name, data: data[:8] if name.endswith('data/0') else data)
-    refuse(path)
-    rewrite_zip(path, lambda name, data: bytes(64 << 20) if name.endswith('data/0') else data, zipfile.ZIP_DEFLATED)
-    refuse(path, 'compressed')
-    rewrite_zip(path, lambda name, data: b'\x80\x02' if name.endswith('data.pkl') else data)
-    refuse(path)
-
-
-def test_overlapping_zip_entries(tmp_path):
-    """A hundred entries that share their bytes would read as a hundred times the file."""
-    path = tmp_path / 'x.pth'
-    with zipfile.ZipFile(path, 'w') as file:
-        file.writestr('x/data/0', bytes(1 << 16))
-        for i in range(1, 100):
-            info = zipfile.ZipInfo(f'x/data/{i}')
-            info.header_offset, info.file_size, info.compress_size = 0, 1 << 16, 1 << 16
-            info.CRC = file.filelist[0].CRC
-            file.filelist.append(info)
-    refuse(path, 'does not start where the one before it ends')
-
-
 @pytest.mark.parametrize('name, value, word', [
-    ('norm.weight', torch.zeros(1).expand(1 << 20, 1 << 20), 'claim'),
-    ('norm.weight', torch.zeros(4, device='meta'), 'plain'),
-    ('norm.weight', torch.zeros(4).to_sparse(), ''),
-    ('norm.weight', torch.zeros(4, dtype=torch.int32), 'dtype'),
-    ('norm.weight', torch.zeros(4, dtype=torch.complex64), 'dtype'),
-    ('norm.weight', torch.zeros(4, dtype=torch.bool), 'dtype'),
-    ('norm.weight', torch.zeros(4, dtype=torch.float8_e4m3fn), 'dtype'),
-    ('norm.num_batches_tracked', torch.tensor(1.), 'dtype'),
-    ('norm.weight', torch.tensor([1, 1, 1, float('nan')]), 'NaN'),
-    ('norm.running_var', torch.tensor([1, 1, 1, float('inf')]), 'infinite'),
-    ('norm.running_var', torch.tensor([1, 1, 1, -1e-3]), 'Negative'),
     ('head.weight', torch.zeros(()), 'head.weight'),
     ('head.weight', torch.zeros(3), 'head.weight'),
     ('head.weight', torch.zeros(0, 4), 'head.weight'),
@@ -257,23 +368,10 @@ def test_overlapping_zip_entries(tmp_path):
     (f'stages.{"9" * 5000}.1.f1.conv.weight', torch.zeros(1), 'unexpected'),
     ('stages.0.999999.f1.conv.weight', torch.zeros(1), ''),
     ('stages.999999.0.0.conv.weight', torch.zeros(1), ''),
-    ('norm.weight', 'a string', 'not tensors'),
-    ('norm.weight', None, 'not tensors'),
-    (7, torch.zeros(1), ''),
-    ((1, 2), torch.zeros(1), ''),
 ])
-def test_unusable_entry(name, value, word, tmp_path):
-    state_dict = dict(tiny_state_dict())
-    state_dict[name] = value
-    torch.save(state_dict, tmp_path / 'x.pth')
+def test_tensors_that_make_no_model(name, value, word, tmp_path):
+    torch.save({**tiny_state_dict(), name: value}, tmp_path / 'x.pth')
     refuse(tmp_path / 'x.pth', word)
-
-
-@pytest.mark.parametrize('content', [
-    [], {}, 3, None, 'x', torch.zeros(3), {'state_dict': None}, {'state_dict': []}, {'model': 3}])
-def test_no_state_dict(content, tmp_path):
-    torch.save(content, tmp_path / 'x.pth')
-    refuse(tmp_path / 'x.pth')
 
 
 def test_every_wrong_shape(tmp_path):
@@ -282,59 +380,10 @@ def test_every_wrong_shape(tmp_path):
     for key, value in tiny_state_dict().items():
         wrong = value.new_zeros(2) if value.ndim == 0 else torch.cat([value, value[:1]])
         torch.save({**tiny_state_dict(), key: wrong}, path)
-        assert read(path) is None, key
-
-
-def hostile_objects(ran: Path):
-    """Objects that leave a file behind when they are unpickled."""
-    code = f'open({str(ran)!r}, "w").close()'
-    yield Call(os.system, f'touch {ran}')
-    yield Call(builtins.eval, code)
-    yield Call(builtins.exec, code)
-    yield Call(Path.touch, ran)
-    yield Call(builtins.open, str(ran), 'w')
-    yield Call(collections.OrderedDict, [('a', Call(os.system, f'touch {ran}'))])
-
-
-@pytest.mark.parametrize('place', ['bare', 'beside', 'inside', 'args'])
-@pytest.mark.parametrize('zipped', [True, False])
-@pytest.mark.parametrize('protocol', [2, 4])
-def test_hostile_pickles_do_not_run(place, zipped, protocol, tmp_path):
-    """That they would run if they were unpickled is checked too."""
-    ran = tmp_path / 'ran'
-    for hostile in hostile_objects(ran):
-        content = {
-            'bare': hostile,
-            'beside': {'state_dict': tiny_state_dict(), 'optimizer': hostile},
-            'inside': {**tiny_state_dict(), 'x': hostile},
-            'args': {'args': hostile, **tiny_state_dict()},
-        }[place]
-        path = tmp_path / 'x.pth'
-        torch.save(content, path, _use_new_zipfile_serialization=zipped, pickle_protocol=protocol)
         refuse(path)
-        assert not ran.exists()
-        pickle.loads(pickle.dumps(hostile))
-        assert ran.exists()
-        ran.unlink()
 
 
-def test_hostile_tar_does_not_run(tmp_path):
-    """torch 2.5 unpacks this format with weights_only=True, later ones refuse it; here it is always refused."""
-    ran = tmp_path / 'ran'
-    none, empty = pickle.dumps(0, protocol=2), pickle.dumps([], protocol=2)
-    hostile = pickle.dumps(Call(os.system, f'touch {ran}'), protocol=2)
-    with tarfile.open(tmp_path / 'x.pth', 'w') as file:
-        for name, data in (('storages', none + empty), ('tensors', none), ('pickle', hostile)):
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            file.addfile(info, io.BytesIO(data))
-    refuse(tmp_path / 'x.pth', 'tar file')
-    assert not ran.exists()
-
-
-def test_not_a_checkpoint(tmp_path):
-    for name in ('x.pth', 'x.safetensors'):
-        refuse(tmp_path / name, 'No checkpoint')
-        for data in (b'', b'\0', b'PK\x03\x04', b'{}', b'\x80\x02}.', b'<html></html>', bytes(1000)):
-            (tmp_path / name).write_bytes(data)
-            refuse(tmp_path / name)
+if __name__ == '__main__':
+    started = time.monotonic()
+    print(json.dumps(work(int(sys.argv[1]), int(sys.argv[2]))))
+    print(f'{time.monotonic() - started:.0f} s', file=sys.stderr)

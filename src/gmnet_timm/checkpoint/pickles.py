@@ -17,7 +17,7 @@ from gmnet_timm.checkpoint.integrity import DamageError
 
 __all__ = ['ForeignPickleError', 'Storage', 'StoredTensor', 'Unread', 'unpickle']
 
-MAX_OBJECT_BYTES = 96 << 20  # those of the largest models of timm with optimizer and EMA weights take about a fifth
+MAX_OBJECT_BYTES = 96 << 20  # those of the largest models of timm with optimizer and EMA weights take about a third
 
 _OPCODE_BYTES = 48  # what each opcode is charged: a place on the stack or in a list, and its time
 _ITEM_BYTES = 112  # an entry of a dictionary

@@ -33,10 +33,10 @@ _RAW_KEYS = ('state_dict', 'model')
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
-_MAX_LEGACY_PICKLE = 64 << 20  # bytes at the start of a legacy file among which its pickles have to end
+_MAX_PICKLE = 32 << 20  # bytes; a training checkpoint with ten thousand tensors has three million
 _MAX_HEADER = 4 << 20  # bytes of a safetensors header
 _MAX_TENSORS = 50_000  # each takes a kilobyte beside its values
-_MAX_VALUES, _MAX_DEPTH = 2_000_000, 50  # of metadata
+_MAX_VALUES, _MAX_DEPTH = 1_000_000, 50  # of metadata
 
 
 class CheckpointError(UserError, ValueError):
@@ -322,7 +322,10 @@ def _parse_zip(read: Read, size: int, check_tensors: bool) -> _TorchFile:
     if byteorder not in ('little', 'big'):
         raise DamageError(f'Its byte order is {byteorder[:20]!r}')
     storages: dict[str, Storage] = {}
-    content = unpickle(io.BytesIO(read(records['data.pkl'].start, records['data.pkl'].size)), storages)
+    pickled = records['data.pkl']
+    if pickled.size > _MAX_PICKLE:
+        raise DamageError(f'Its pickle has {pickled.size:,} bytes, more than those of checkpoints')
+    content = unpickle(io.BytesIO(read(pickled.start, pickled.size)), storages)
     extents = {}
     for key, storage in storages.items():
         record = records.get(f'data/{key}')
@@ -334,10 +337,10 @@ def _parse_zip(read: Read, size: int, check_tensors: bool) -> _TorchFile:
 
 def _parse_legacy(read: Read, size: int) -> _TorchFile:
     """The format of torch before 1.6: five pickles, then each storage with the number of its elements."""
-    stream = io.BytesIO(read(0, min(size, _MAX_LEGACY_PICKLE)))
-    magic, version, _ = (unpickle(stream) for _ in range(3))
-    if (magic, version) != (_LEGACY_MAGIC, _LEGACY_VERSION):
+    stream = io.BytesIO(read(0, min(size, _MAX_PICKLE)))
+    if unpickle(stream) != _LEGACY_MAGIC or unpickle(stream) != _LEGACY_VERSION:
         raise ForeignPickleError('It is a pickle, but not one of torch.save')
+    unpickle(stream)  # sizes of types where it was written
     storages: dict[str, Storage] = {}
     content, keys = unpickle(stream, storages), unpickle(stream)
     if not isinstance(keys, list) or len(keys) != len(storages) or set(keys) != storages.keys():

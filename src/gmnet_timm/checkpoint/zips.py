@@ -26,6 +26,7 @@ _NARROW = 0xFFFFFFFF  # the value of a field that is too small for its number, w
 
 _DESCRIPTOR, _UTF8 = 1 << 3, 1 << 11  # the flags that `torch.save` and zipfile set
 _DIRECTORY = 1 << 4  # of the external attributes; torch reads nothing from an entry that has it
+_TWO_FILES = 'Its end does not fit its beginning, as if parts of two files were in it: copy or download it again'
 _MAX_ENTRIES = 100_000  # there is one per tensor; this bounds the memory that a directory takes
 
 
@@ -91,7 +92,7 @@ def _find_directory(read: Read, size: int) -> tuple[int, int, int]:
     end = size - _END.size
     signature, *narrow, comment = _END.unpack(read(end, _END.size))
     if signature != b'PK\x05\x06' or comment:
-        raise DamageError('It starts like a zip file and does not end like one: it is cut off, or something follows')
+        raise DamageError('It starts like a zip file and does not end like one: copy or download it again')
     fields = narrow
     if end >= _LOCATOR64.size and read(end - _LOCATOR64.size, 4) == b'PK\x06\x07':
         end -= _LOCATOR64.size
@@ -100,10 +101,10 @@ def _find_directory(read: Read, size: int) -> tuple[int, int, int]:
         signature, length, _, _, *fields = _END64.unpack(read(end, _END64.size))
         agree = all(n in (wide, 0xFFFF, _NARROW) for n, wide in zip(narrow, fields, strict=True))
         if locator[1:] != (0, end, 1) or signature != b'PK\x06\x06' or length != _END64.size - 12 or not agree:
-            raise DamageError('The end of its zip directory contradicts itself')
+            raise DamageError(_TWO_FILES)
     *disks, here, count, length, start = fields
     if any(disks) or here != count or start + length != end:
-        raise DamageError('Its zip directory is not where the end of the file says')
+        raise DamageError(_TWO_FILES)
     if count > _MAX_ENTRIES:
         raise DamageError(f'Its zip directory has {count:,} entries, more than the {_MAX_ENTRIES:,} that are read')
     return count, start, end
