@@ -318,7 +318,8 @@ def _assumed(weights: Checkpoint, name: str | None) -> ModelDescription:
     try:
         return describe_tensors(weights.state_dict, name)
     except CheckpointError as e:
-        hint = '' if name else ' For a checkpoint of another model, give NAME=FILE.'
+        foreign = name is None and 'not a GmNet' in str(e)
+        hint = ' For a checkpoint of another model, give NAME=FILE.' if foreign else ''
         raise CheckpointError(f'{weights.path}: {e}{hint}') from e
 
 

@@ -1,11 +1,7 @@
 """A folder that timm and transformers load: weights, configuration and card, proved before it is there."""
 import dataclasses
 import json
-import os
-import secrets
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +11,7 @@ from gmnet_timm.checkpoint.config import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from gmnet_timm.checkpoint.integrity import weights_sha256
 from gmnet_timm.checkpoint.writing import save_weights
 from gmnet_timm.errors import UserError
+from gmnet_timm.files import replacing_folder
 from gmnet_timm.publishing.model_card import model_card
 from gmnet_timm.publishing.proof import Proof, prove_folder
 from gmnet_timm.publishing.publication import Publication
@@ -63,25 +60,20 @@ def save_folder(
     if card is None:
         name = (repo_id or folder.resolve().name).split('/')[-1]
         card = str(model_card(publication, name, model_id, license=license, train_datasets=train_datasets))
-    with _temporary_folder_beside(folder) as temporary:
-        _write_files(publication, temporary, card, license)
+    with replacing_folder(folder, force=force) as temporary:
+        keep_card = not overwrite_card and (temporary / CARD_NAME).exists()
+        _write_files(publication, temporary, None if keep_card else card, license)
         proof = prove_folder(publication.source, temporary, stated_preprocessing)
-        if not folder.exists():
-            temporary.rename(folder)
-            return SavedFolder(folder, proof)
-        for name in (WEIGHTS_NAME, CONFIG_NAME, CARD_NAME):
-            if name != CARD_NAME or overwrite_card or not (folder / name).exists():
-                os.replace(temporary / name, folder / name)
     return SavedFolder(folder, proof)
 
 
-def _write_files(publication: Publication, folder: Path, card: str, license: str) -> None:
+def _write_files(publication: Publication, folder: Path, card: str | None, license: str) -> None:
     source, description = publication.source, publication.source.description
     model = source.build()
     cfg: dict[str, Any] = {**vars(model)['pretrained_cfg'], **source.data_config, 'license': license, 'pool_size': None}
     cfg.pop('tag', None)  # it names the training data of the published models
     model.pretrained_cfg = cfg  # type: ignore[assignment]
-    save_weights(model.state_dict(), folder / WEIGHTS_NAME, description)
+    save_weights(model.state_dict(), folder / WEIGHTS_NAME, description, force=True)
     save_config_for_hf(
         model,
         folder / CONFIG_NAME,  # type: ignore[arg-type]  # timm before 1.0.30 says str and needs a Path
@@ -97,16 +89,5 @@ def _write_files(publication: Publication, folder: Path, card: str, license: str
         config['pretrained_cfg']['first_conv'] = None
     text = json.dumps(config, indent=2, allow_nan=False) + '\n'
     (folder / CONFIG_NAME).write_text(text, encoding='utf-8')
-    (folder / CARD_NAME).write_text(card, encoding='utf-8')
-
-
-@contextmanager
-def _temporary_folder_beside(folder: Path) -> Iterator[Path]:
-    temporary = folder.with_name(f'.{secrets.token_hex(4)}-{folder.name}')
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-    except OSError as e:
-        raise UserError(f'Cannot write {folder}: {e}') from e
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    if card is not None:
+        (folder / CARD_NAME).write_text(card, encoding='utf-8')
