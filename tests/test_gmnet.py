@@ -10,11 +10,12 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import SIZES, create, relative_error
+from conftest import SIZES, create, randomize, relative_error
 from timm.models import FeatureInfo, group_parameters
 from timm.optim import param_groups_layer_decay
 from timm.utils import reparameterize_model
 
+from gmnet_timm.gmnet import GmNet
 from gmnet_timm.info import PAPER, count_macs
 
 GOLDEN = Path(__file__).parent / 'golden'
@@ -196,6 +197,78 @@ def test_act_layer_by_name(name, fn):
     hidden = block.f1(block.dwconv(x))
     branch = block.dwconv2(block.g(fn(hidden) * hidden))
     torch.testing.assert_close(block(x), x + branch * block.gamma[:, None, None])
+
+
+NO_LAYER_SCALE = [0, 0., False, None]
+
+
+def without_layer_scale(init_values=0, **kwargs) -> torch.nn.Module:
+    """GmNet-S3 in float64. `create_model` takes None for an argument that is not given, so None goes to the class."""
+    kwargs = dict(kwargs, init_values=init_values, dtype=torch.float64)
+    return (GmNet(**kwargs) if init_values is None else timm.create_model('gmnet_s3', **kwargs)).eval()
+
+
+def absorb_layer_scale(state_dict: dict) -> dict:
+    """The same network without layer scales, written out: they scale what the last convolution of a block gives."""
+    absorbed = {key: value for key, value in state_dict.items() if not key.endswith('.gamma')}
+    for key, gamma in state_dict.items():
+        if key.endswith('.gamma'):
+            conv = key.replace('gamma', 'dwconv2.conv')
+            absorbed[f'{conv}.weight'] = state_dict[f'{conv}.weight'] * gamma.view(-1, 1, 1, 1)
+            absorbed[f'{conv}.bias'] = state_dict[f'{conv}.bias'] * gamma
+    return absorbed
+
+
+@pytest.mark.parametrize('init_values', NO_LAYER_SCALE)
+def test_no_layer_scale_matches_authors(init_values):
+    model = without_layer_scale(init_values)
+    official = reference.official_state_dict('s3')
+    assert list(model.state_dict()) == [key for key in official if not key.endswith('.gamma')]
+    model.load_state_dict(absorb_layer_scale(official))
+    with torch.no_grad():
+        logits = model(reference.image(2, 96, 96))
+    close(logits[:, :6], EXPECTED['s3']['2x96x96']['logits_head'])
+    close(logits.norm(), EXPECTED['s3']['2x96x96']['logits_norm'])
+
+
+def test_no_layer_scale_is_a_scale_of_one():
+    scaled, model = timm.create_model('gmnet_s3', init_values=1., dtype=torch.float64).eval(), without_layer_scale()
+    gammas = {key: value for key, value in scaled.state_dict().items() if key.endswith('.gamma')}
+    assert len(gammas) == 17 and all((gamma == 1).all() for gamma in gammas.values())
+    missing, unexpected = model.load_state_dict(scaled.state_dict(), strict=False)
+    assert not missing and unexpected == list(gammas)
+    for m in (scaled, model):
+        m.train()(reference.image(2, 64, 64)).square().mean().backward()
+    for name, p in model.named_parameters():
+        close(p.grad, scaled.get_parameter(name).grad)
+    with torch.no_grad():
+        close(model.eval()(reference.image(2, 96, 96)), scaled.eval()(reference.image(2, 96, 96)))
+
+
+@pytest.mark.filterwarnings('ignore:.*torch.jit.*deprecated')
+def test_no_layer_scale_fuses_and_scripts():
+    model = randomize(without_layer_scale(num_classes=10))
+    x = reference.image(2, 64, 64)
+    with torch.no_grad():
+        expected = model(x)
+        fused = reparameterize_model(model)
+        for variant in (fused, torch.jit.script(model), torch.jit.script(fused), torch.fx.symbolic_trace(model)):
+            assert relative_error(variant(x), expected) < 1e-12
+    assert [m for m in fused.modules() if isinstance(m, torch.nn.BatchNorm2d)] == [fused.norm]
+    assert not any(block.gamma is not None for stage in fused.stages for block in list(stage)[1:])
+
+
+def test_checkpoints_with_and_without_layer_scale_are_told_apart(tmp_path):
+    model, x = randomize(without_layer_scale()), reference.image(1, 64, 64)
+    torch.save(model.state_dict(), tmp_path / 'without.pth')
+    torch.save(reference.official_state_dict('s3'), tmp_path / 'with.pth')
+    kwargs = dict(dtype=torch.float64, checkpoint_path=str(tmp_path / 'without.pth'))
+    loaded = timm.create_model('gmnet_s3', init_values=0, **kwargs).eval()
+    assert torch.equal(loaded(x), model(x))
+    with pytest.raises(RuntimeError, match='Missing key.*gamma'):
+        timm.create_model('gmnet_s3', **kwargs)
+    with pytest.raises(RuntimeError, match='Unexpected key.*gamma'):
+        timm.create_model('gmnet_s3', init_values=0, checkpoint_path=str(tmp_path / 'with.pth'))
 
 
 def test_unknown_argument_raises():

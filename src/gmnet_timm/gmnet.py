@@ -232,7 +232,7 @@ class GmNet(nn.Module):
             base_dim: Channels of the first stage, doubled in each following one.
             depths: Number of blocks per stage.
             mlp_ratios: Ratio of hidden to outer channels of the blocks, per stage.
-            init_values: Initial value of the layer scale, no layer scale if None or 0.
+            init_values: Initial value of the layer scale, no layer scale if 0 (or None, which create_model drops).
             act_layer: Activation layer of the stem and the gates.
             gate: What the activation is multiplied with: 'identity' for the block's own input, or the paper's ablations
                 'fc', 'dw' and 'ln'.
