@@ -54,7 +54,7 @@ class Row:
     roofline_ms: float | None = None
     work: Work | None = None
     params: int = 0  # of the model as it is trained
-    device_ms: list[float] = dataclasses.field(default_factory=list)  # of the same calls, by CUDA events
+    device_ms: list[float] = dataclasses.field(default_factory=list)  # of the same iterations, by CUDA events
     kept_mb: float | None = None  # memory: what autograd keeps for the backward pass, MiB per image
     gpu_state: dict[str, str] | None = None  # right after the last round
     fused_gates: int | None = None  # compile-max on a GPU: gates in the epilogue of a matmul
@@ -280,8 +280,8 @@ def kept_mb(loss: Forward, net: nn.Module, batch_size: int) -> float:
     kept: dict[int, torch.Tensor] = {}
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
+        kept[tensor.untyped_storage().data_ptr()] = tensor.detach()
+        return tensor.detach()  # itself it would keep the graph that keeps it, for ever
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         value = loss()  # whose graph keeps what was packed, so that no address comes twice

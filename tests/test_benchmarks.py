@@ -197,6 +197,16 @@ def test_memory():
     assert half.kept_mb < 0.75 * full.kept_mb
 
 
+@pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='needs /proc')
+def test_counting_memory_keeps_none():
+    net, x = nn.Sequential(*(nn.Sequential(nn.Linear(512, 512), nn.Sigmoid()) for _ in range(8))), torch.randn(512, 512)
+    kept = [measuring.kept_mb(lambda: net(x).sum(), net, 512) for _ in range(5)]
+    before = measuring.resident_mb('VmRSS')
+    kept += [measuring.kept_mb(lambda: net(x).sum(), net, 512) for _ in range(40)]  # of 8 MiB or more each
+    assert measuring.resident_mb('VmRSS') - before < 80
+    assert len(set(kept)) == 1
+
+
 def test_results_read_back(tmp_path):
     rows = [
         Row(CASE, 'ok', 1e-7, None, [1.0, 2.0], 0.5, Work(1, 2, 3), 4),

@@ -24,7 +24,7 @@ def kept_bytes(model, x) -> int:
 
     def pack(tensor):
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()  # itself it would keep the graph that keeps it
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = model(x).sum()  # noqa: F841, alive until all is counted
