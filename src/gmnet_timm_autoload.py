@@ -44,14 +44,14 @@ def _timm_models_imported():
     return sys.modules.get('timm.models') is not None and not _being_imported('timm.models')
 
 
-def _being_imported(name):
+def _being_imported(name):  # in any thread; Python's own import statement goes by this attribute
     return getattr(getattr(sys.modules.get(name), '__spec__', None), '_initializing', False)
 
 
 class _TimmModelsFinder:
-    """A meta path finder. Finds `timm.models` as the finders after it do, and has the models registered after it.
+    """A meta path finder. It finds `timm.models` as the finders after it do, and has the models registered after it.
 
-    It also does that for our own modules, of which the first may import timm: the models wait for it, see `_register`.
+    It treats our own modules alike. One that is still being imported may be in the way of registering, see `_register`.
     """
 
     def find_spec(self, fullname, path=None, target=None):
@@ -77,7 +77,7 @@ class _TimmModelsFinder:
 
 
 class _Loader:
-    """Stands in for timm's own loader until the module is loaded. Then timm's loads it, and is left in place."""
+    """Stands in for a module's own loader until the module is loaded. Then that one loads it, and is left in place."""
 
     _loader = None
 
@@ -101,7 +101,7 @@ class _Loader:
 
 
 class _TimmModule(types.ModuleType):
-    """The module `timm`, for the case that another thread is importing `timm.models` and did not meet the finder."""
+    """The module `timm`, in case another thread is importing `timm.models` and looked for it before the finder came."""
 
     def __setattr__(self, name, value):
         super().__setattr__(name, value)
@@ -115,14 +115,13 @@ def _register(loaded):
         _import_models()
     except Exception as e:
         others = (name for name in list(sys.modules) if name.startswith('gmnet_timm.') and name != loaded)
-        if any(map(_being_imported, others)):  # it waits for timm itself, and its _Loader tries again
+        if any(map(_being_imported, others)):  # one of them imports timm itself; after it, its _Loader calls this again
             return
         _report(e, asked_for=imported_by_user)
     _remove_hooks()
 
 
 def _import_models():
-    import gmnet_timm  # alone first: a thread that waits for it must not hold the locks of the others
     import gmnet_timm.gated
     import gmnet_timm.gmnet  # noqa: F401
 
