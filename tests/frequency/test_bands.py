@@ -21,7 +21,15 @@ from timm.utils import CheckpointSaver, accuracy
 
 from gmnet_timm.cli.main import main
 from gmnet_timm.errors import UserError
-from gmnet_timm.frequency.bands import BandAccuracy, SplitOptions, evaluate_bands, split_parts, wilson_interval
+from gmnet_timm.frequency.bands import (
+    Band,
+    BandAccuracy,
+    SplitOptions,
+    band_images,
+    evaluate_bands,
+    list_bands,
+    wilson_interval,
+)
 from gmnet_timm.frequency.data import create_band_loader
 from gmnet_timm.frequency.reports import write_csv
 
@@ -80,7 +88,7 @@ def test_a_stream_gives_what_the_folder_gives(folder, shards):
     images, targets = (torch.cat(parts) for parts in zip(*create_band_loader(str(shards), CONFIG, **stream)))
     expected, labels = next(iter(create_band_loader(str(folder), CONFIG, workers=0)))
     assert torch.equal(images, expected) and torch.equal(targets, labels)
-    limited = next(iter(create_band_loader(str(shards), CONFIG, **stream, limit=3)))
+    limited = next(iter(create_band_loader(str(shards), CONFIG, **stream, num_images=3)))
     assert torch.equal(limited[0], expected[:3])
     with pytest.raises(UserError, match='one process'):
         create_band_loader(str(shards), CONFIG, **stream, world_size=2)
@@ -104,10 +112,10 @@ def test_counts_equal_timms_own_evaluation(folder, model):
         dataset, CONFIG['input_size'], 8, mean=MEAN, std=STD, interpolation='bilinear', crop_pct=.9, num_workers=0,
         persistent_workers=False, device=torch.device('cpu'))
     images, targets = (torch.cat(parts) for parts in zip(*loader, strict=True))
-    assert [(r.band, r.radius) for r in got] == [
+    assert [(r.band.kind, r.band.radius) for r in got] == [
         ('raw', None), ('low', 2.), ('high', 2.), ('low', 5.), ('high', 5.)]
     for result in got:
-        part = images if result.band == 'raw' else _numpy_band(images, result.band, result.radius)
+        part = images if result.band.kind == 'raw' else _numpy_band(images, result.band.kind, result.band.radius)
         with torch.no_grad():
             top1, top5 = accuracy(model(part), targets, topk=(1, 5))
         assert result.count == 30
@@ -124,11 +132,11 @@ def test_wilson_interval_equals_scipy():
 
 def test_pixels_and_normalized_differ_by_a_constant_in_the_high_part():
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-    normalized = list(split_parts(images, [3.]))
-    pixels = list(split_parts(images, [3.], SplitOptions(space='pixels'), MEAN, STD))
+    normalized = list(band_images(images, list_bands([3.])))
+    pixels = list(band_images(images, list_bands([3.]), SplitOptions(space='pixels'), MEAN, STD))
     black = -images.new_tensor(MEAN).view(-1, 1, 1) / images.new_tensor(STD).view(-1, 1, 1)
-    torch.testing.assert_close(pixels[1][2], normalized[1][2])
-    torch.testing.assert_close(pixels[2][2], normalized[2][2] + black)
+    torch.testing.assert_close(pixels[1], normalized[1])
+    torch.testing.assert_close(pixels[2], normalized[2] + black)
 
 
 def test_half_precision_autocast_counts_every_image(folder, model):
@@ -164,7 +172,7 @@ def test_bad_radii(folder, model, radii):
 
 
 def test_classes_that_do_not_match(folder, model):
-    with pytest.raises(UserError, match='6 classes, the model has 7'):
+    with pytest.raises(UserError, match='6 classes .*, the model has 7'):
         create_band_loader(str(folder), CONFIG, num_classes=7)
     batch = [(torch.zeros(2, 3, 32, 32), torch.tensor([0, 6]))]
     with pytest.raises(UserError, match='labels from 0 to 6, the model has 6 outputs'):
@@ -187,7 +195,7 @@ def test_pixels_need_mean_and_std(model):
 
 
 def test_row_has_counts_and_intervals():
-    row = BandAccuracy('high', 12., 30, 50, 100).as_row()
+    row = BandAccuracy(Band('high', 12.), 30, 50, 100).as_row()
     assert (row['band'], row['radius'], row['top1'], row['top5'], row['count']) == ('high', '12', 30., 50., 100)
     assert row['top1_low'] < 30 < row['top1_high']
 
@@ -223,14 +231,14 @@ def test_cli_eval_writes_one_table_and_what_repeats_it(folder, tmp_path, capsys)
     gate = _write_run(tmp_path / 'gate', folder, 1, 'gmnet_s1', act_layer='gelu', gate='ln', base_dim=8,
                       depths=(1,) * 4)
     models = [str(run / 'checkpoint-1.pth.tar'), str(gate / 'last.pth.tar'), f'test_resnet={run}/checkpoint-0.pth.tar']
-    argv = ['freq', 'eval', *models, '--data-dir', str(folder), '--radii', '3', '6.5', '--keep-mean', '--workers', '0',
+    argv = ['freq', 'eval', *models, '--data-dir', str(folder), '--radii', '3', '6.5', '--keep-dc', '--workers', '0',
             '--img-size', '32', '--mean', *map(str, MEAN), '--output', str(tmp_path / 'out')]
     assert main(argv) == 0
     printed = capsys.readouterr().out
-    assert 'raw' in printed and 'high 6.5' in printed and 'mean kept in the high part' in printed
+    assert 'raw' in printed and 'high 6.5' in printed and 'mean kept in high-pass images' in printed
     rows = _rows(tmp_path / 'out' / 'eval.csv')
     assert len(rows) == 3 * 5
-    assert {row['keep_mean'] for row in rows} == {'True'} and {row['space'] for row in rows} == {'normalized'}
+    assert {row['keep_dc'] for row in rows} == {'True'} and {row['space'] for row in rows} == {'normalized'}
     reports = json.loads((tmp_path / 'out' / 'eval.json').read_text())
     assert [report['provenance']['model'] for report in reports] == ['test_resnet', 'gmnet_s1', 'test_resnet']
     assert reports[1]['provenance']['model_args']['gate'] == 'ln'
@@ -257,7 +265,7 @@ def test_cli_eval_equals_the_library(folder, tmp_path):
     (['--radii', '99'], 'corner of the spectrum'),
     (['--radii', '-2'], 'corner of the spectrum'),
     (['--mean', '.5', '.5'], 'one per channel'),
-    (['--limit', '0'], '--limit'),
+    (['--num-images', '0'], '--num-images'),
     (['--data-dir', 'nowhere'], 'cannot be read'),
     (['--data-dir', ''], 'There is no data'),
     (['--dataset', 'torch/nonsense'], 'cannot be read'),
@@ -307,13 +315,13 @@ def test_cli_curves_goes_on_where_it_stopped(folder, tmp_path, monkeypatch, caps
     # a checkpoint that was written anew, and other settings
     os.utime(runs[0] / 'checkpoint-0.pth.tar', ns=(1, 1))
     assert main(argv) == 0 and len(loaded) == 7 and len(_rows(out / 'curves.csv')) == len(first)
-    assert main([*argv[:-2], '--keep-mean', '--output', str(out)]) == 0
+    assert main([*argv[:-2], '--keep-dc', '--output', str(out)]) == 0
     assert len(loaded) == 12 and len(_rows(out / 'curves.csv')) == 2 * len(first)
 
 
 def test_cli_curves_of_what_is_no_run(tmp_path, capsys):
     assert main(['freq', 'curves', str(tmp_path)]) == 1
-    assert 'no run folder' in capsys.readouterr().err
+    assert 'args.yaml' in capsys.readouterr().err
     (tmp_path / 'args.yaml').write_text('model: test_resnet\n')
     assert main(['freq', 'curves', str(tmp_path)]) == 1
     assert 'checkpoint-EPOCH' in capsys.readouterr().err
@@ -358,9 +366,9 @@ def test_the_split_costs_less_than_a_tenth_of_the_forward_passes():
     model = timm.create_model('gmnet_s1').eval()
     images = torch.randn(4, 3, 224, 224)
     with torch.inference_mode():
-        scope = dict(model=model, images=images, split_parts=split_parts)
+        scope = dict(model=model, images=images, band_images=band_images, bands=list_bands([12., 24., 36.]))
         forward = Timer('model(images)', globals=scope).blocked_autorange(min_run_time=2).median
-        timer = Timer('list(split_parts(images, [12., 24., 36.]))', globals=scope)
+        timer = Timer('list(band_images(images, bands))', globals=scope)
         split = timer.blocked_autorange(min_run_time=2).median
     print(f'split {1e3 * split:.1f} ms, forward {1e3 * forward:.1f} ms, seven of them feed {split / (7 * forward):.3f}')
     assert split < .1 * 7 * forward

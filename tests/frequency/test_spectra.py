@@ -165,7 +165,7 @@ def test_cli_layers(tmp_path, capsys):
             pixels = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(tmp_path / 'data' / label / f'{i}.png')
     torch.save(_tiny_gmnet().state_dict(), tmp_path / 'model.pth')
-    argv = ['freq', 'layers', str(tmp_path / 'model.pth'), '--data-dir', str(tmp_path / 'data'), '--images', '5',
+    argv = ['freq', 'layers', str(tmp_path / 'model.pth'), '--data-dir', str(tmp_path / 'data'), '--num-images', '5',
             '--img-size', '64', '--workers', '0', '--output', str(tmp_path / 'out')]
     assert main(argv) == 0
     assert 'stages.2.2' in capsys.readouterr().out

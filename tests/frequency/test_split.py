@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from gmnet_timm.errors import UserError
-from gmnet_timm.frequency import frequency_bands, num_rings, radial_power_spectrum, split_frequencies
+from gmnet_timm.frequency import frequency_bands, num_radial_bins, radial_power_spectrum, split_frequencies
 
 SIZES = [(8, 8), (9, 9), (16, 12), (7, 10), (10, 7), (64, 64), (1, 6)]
 
@@ -94,7 +94,7 @@ def test_a_sinusoid_is_in_the_part_of_its_radius(size):
 def test_parseval(size):
     images = torch.randn(2, 3, *size, dtype=torch.float64) + 1
     spectrum = radial_power_spectrum(images)
-    assert spectrum.shape == (2, 3, num_rings(*size))
+    assert spectrum.shape == (2, 3, num_radial_bins(*size))
     torch.testing.assert_close(spectrum.sum(-1), images.square().mean((-2, -1)), rtol=1e-12, atol=0)
     torch.testing.assert_close(spectrum[..., 0], images.mean((-2, -1)).square(), rtol=1e-12, atol=0)
 
@@ -110,10 +110,10 @@ def test_spectrum_equals_numpy_histogram():
 def test_options_of_the_high_part():
     images = torch.randn(2, 3, 20, 20, dtype=torch.float64) * torch.tensor([1., 2., 5.])[:, None, None] + 4
     _, plain = split_frequencies(images, 4)
-    low, high = split_frequencies(images, 4, keep_mean=True)
+    low, high = split_frequencies(images, 4, keep_dc=True)
     torch.testing.assert_close(high, plain + images.mean((-2, -1), keepdim=True))
     torch.testing.assert_close(low, split_frequencies(images, 4)[0])
-    _, high = split_frequencies(images, 4, keep_mean=True, restore_contrast=True)
+    _, high = split_frequencies(images, 4, keep_dc=True, restore_contrast=True)
     torch.testing.assert_close(high.mean((-2, -1)), images.mean((-2, -1)))
     torch.testing.assert_close(high.std((-2, -1)), images.std((-2, -1)))
 
@@ -148,7 +148,7 @@ def test_masks_are_cached_by_size():
 
 
 def _everything(x):
-    return *split_frequencies(x, 3, keep_mean=True, restore_contrast=True), radial_power_spectrum(x)
+    return *split_frequencies(x, 3, keep_dc=True, restore_contrast=True), radial_power_spectrum(x)
 
 
 @pytest.mark.parametrize('backend', ['eager', pytest.param('inductor', marks=pytest.mark.slow)])
@@ -177,3 +177,55 @@ def test_bad_radii(radii):
 def test_bad_images(images):
     with pytest.raises(UserError, match='real floating point'):
         radial_power_spectrum(images)
+
+
+def test_a_smooth_edge_still_sums_to_the_image_and_rings_less():
+    step = torch.zeros(64, 64, dtype=torch.float64)
+    step[:, 16:48] = 1
+    for width in (0., 3., 8.):
+        bands = frequency_bands(step, [8., 16.], edge_width=width)
+        torch.testing.assert_close(sum(bands), step, rtol=0, atol=1e-12)
+    hard, smooth = (split_frequencies(step, 10, edge_width=width)[0] for width in (0., 8.))
+    assert hard.max() - 1 == pytest.approx(.09, abs=.03)  # Gibbs
+    away = [(x[:, 28:36] - 1).abs().max() for x in (hard, smooth)]  # 12 pixels from both steps
+    assert away[1] < .2 * away[0]
+    with pytest.raises(UserError, match='edge'):
+        split_frequencies(step, 10, edge_width=-1)
+
+
+@pytest.mark.parametrize('radius, width', [(10, 4), (5.5, 1)])
+def test_gain_of_a_smooth_edge(radius, width):
+    for frequency in range(1, 16):
+        wave = _sinusoid(32, 32, frequency, 0)
+        low, _ = split_frequencies(wave, radius, edge_width=width)
+        position = min(max((frequency - radius) / width, -.5), .5)
+        torch.testing.assert_close(low, wave * (.5 - .5 * math.sin(math.pi * position)), rtol=0, atol=1e-12)
+
+
+def test_window_removes_the_leak_across_the_border():
+    ramp = torch.arange(64, dtype=torch.float64).expand(64, 64)
+    share = {}
+    for window in (None, 'hann'):
+        power = radial_power_spectrum(ramp, window)[1:]
+        share[window] = (power[3:].sum() / power.sum()).item()
+    # the DFT of a ramp is 1 / sin^2(pi u / N)
+    u = np.arange(1, 64)
+    exact = 1 / np.sin(np.pi * u / 64) ** 2
+    assert share[None] == pytest.approx(exact[np.minimum(u, 64 - u) > 3].sum() / exact.sum(), rel=1e-9)
+    assert share[None] == pytest.approx(.17, abs=.01) and share['hann'] < .01
+    assert radial_power_spectrum(ramp, 'hann')[0] == pytest.approx(31.5 ** 2, rel=1e-3)
+
+
+def test_window_keeps_the_power_of_white_noise():
+    noise = torch.randn(200, 32, 32, dtype=torch.float64)
+    plain, tapered = (radial_power_spectrum(noise, window)[:, 1:].sum(1).mean() for window in (None, 'hann'))
+    assert tapered.item() == pytest.approx(plain.item(), rel=.02)
+    with pytest.raises(UserError, match='hann'):
+        radial_power_spectrum(noise, 'boxcar')
+
+
+@pytest.mark.parametrize('size', SIZES)
+def test_modes_per_bin_equal_numpys_histogram(size):
+    from gmnet_timm.frequency import modes_per_bin
+    radius = np.hypot(*np.meshgrid(*(np.fft.fftfreq(n) * n for n in size), indexing='ij'))
+    assert modes_per_bin(*size).tolist() == np.bincount(np.floor(radius + .5).astype(int).ravel()).tolist()

@@ -22,7 +22,7 @@ def test_interval_is_students(values):
     low, high = student.interval(.95, len(values) - 1, np.mean(values), np.std(values, ddof=1) / len(values) ** .5)
     assert row['seeds'] == len(values)
     assert row['top1'] == pytest.approx(np.mean(values), abs=.01)
-    assert row['half_interval'] == pytest.approx((high - low) / 2, abs=.01)
+    assert row['ci95_half_width'] == pytest.approx((high - low) / 2, abs=.01)
     assert (row['top1_low'], row['top1_high']) == pytest.approx((max(0, low), min(100, high)), abs=.01)
 
 
@@ -69,3 +69,11 @@ def test_theory_command(capsys):
     assert 'relu6 n^-1.99' in printed or 'relu6 n^-2.0' in printed
     assert '40.500000 (40.500000)' in printed  # A^2 / 2
     assert main(['freq', 'theory', '--amplitude', '-1']) == 1
+
+
+def test_one_seed_has_no_interval():
+    rows = [dict(family='f', label='l', model='m', epoch=1, band='raw', radius='', top1=40.)]
+    row, = study.summarize(rows)
+    assert (row['ci95_half_width'], row['top1_low'], row['top1_high']) == ('', '', '')
+    printed = study.format_summary([row])
+    assert '40.0' in printed and '±' not in printed

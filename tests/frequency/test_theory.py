@@ -3,7 +3,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy import special
 
 from gmnet_timm.frequency import radial_power_spectrum, theory
 
@@ -47,11 +46,6 @@ def test_relu_has_the_coefficients_of_the_half_parabola():
         4 * amplitude ** 2 / (math.pi * n * (n * n - 4)) if n % 2 else 0. for n in range(3, 20)]
     np.testing.assert_allclose(theory.closed_form_harmonics('relu', amplitude, 20), expected, atol=1e-13)
     np.testing.assert_allclose(theory.closed_form_harmonics('relu6', amplitude, 20), expected, atol=1e-13)
-
-
-@pytest.mark.parametrize('q', [1e-3, .5, 9., 100., 900.])
-def test_bessel_functions_equal_scipy(q):
-    np.testing.assert_allclose(theory._scaled_bessel(q, 30), special.ive(np.arange(30), q), rtol=1e-10, atol=1e-300)
 
 
 def test_decay_rates():

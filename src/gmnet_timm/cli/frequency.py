@@ -27,19 +27,21 @@ def add_commands(commands) -> None:
 
 
 def _add_eval(commands) -> None:
-    parser = _command(commands, 'eval', 'accuracy of models on raw, low and high images', _run_eval)
+    parser = _command(commands, 'eval', 'accuracy of models on raw, low-pass and high-pass images', _run_eval)
     _add_model(parser, 'models', nargs='+')
     _add_data(parser)
     _add_split(parser, [12., 24., 36.])
+    _add_bands(parser)
     _add_machine(parser)
 
 
 def _run_eval(args: argparse.Namespace) -> None:
-    """Evaluate models on raw images, on their low and on their high frequencies. Writes eval.csv and eval.json."""
+    """Evaluate models on images with only some of their frequencies. Writes eval.csv and eval.json."""
     from gmnet_timm.frequency.evaluation import evaluate_model, report_rows
     from gmnet_timm.frequency.reports import format_table, write_csv, write_json
 
     settings = _settings(args)
+    _refuse_existing(args, 'eval.csv', 'eval.json')
     with _Machine(args) as machine:
         reports = [
             evaluate_model(_load(spec, args), settings, **machine.kwargs)
@@ -53,10 +55,12 @@ def _run_eval(args: argparse.Namespace) -> None:
 
 
 def _add_curves(commands) -> None:
-    parser = _command(commands, 'curves', 'band accuracy of the checkpoints of training runs by epoch', _run_curves)
+    parser = _command(
+        commands, 'curves', 'band accuracy of the checkpoints of training runs by epoch', _run_curves, force=False)
     parser.add_argument('runs', nargs='+', type=Path, metavar='RUN_DIR', help='run folders of train.py or of the demo')
     _add_data(parser, own=True)
     _add_split(parser, [10.])
+    _add_bands(parser)
     _add_machine(parser)
     parser.add_argument('--no-figure', action='store_true', help='write the CSV alone, without matplotlib')
 
@@ -67,7 +71,8 @@ def _run_curves(args: argparse.Namespace) -> None:
     train.py and the demo keep only some checkpoints; with --checkpoint-hist 1000, train.py keeps all.
     """
     from gmnet_timm.frequency.evaluation import evaluate_runs
-    from gmnet_timm.frequency.plots import plot_band_curves, require_matplotlib
+    from gmnet_timm.frequency.extras import require_matplotlib
+    from gmnet_timm.frequency.plots import plot_band_curves
 
     if not args.no_figure:
         require_matplotlib()
@@ -96,35 +101,39 @@ def _add_image(commands) -> None:
 
 
 def _run_image(args: argparse.Namespace) -> None:
-    """Draw a picture, its low and high parts, and what a model says of each with its confidence."""
+    """Draw a picture, its low-pass and high-pass images, and what a model says of each with its confidence."""
     import torch
     from PIL import Image
     from timm.data import create_transform
 
-    from gmnet_timm.frequency.bands import split_parts
-    from gmnet_timm.frequency.plots import plot_image_panel, require_matplotlib
+    from gmnet_timm.frequency.bands import band_images, list_bands
+    from gmnet_timm.frequency.data import to_mode
+    from gmnet_timm.frequency.extras import require_matplotlib
+    from gmnet_timm.frequency.plots import plot_image_panel
     from gmnet_timm.frequency.split import check_corner
 
     require_matplotlib()
     subject = _load(args.model, args)
     config = subject.data_config
     check_corner(args.radii, config['input_size'])
+    _refuse_existing(args, f'{args.file.stem}.png')
     try:
         with Image.open(args.file) as opened:
-            picture = opened.convert('L' if config['input_size'][0] == 1 else 'RGB')
+            picture = to_mode(opened, 'L' if config['input_size'][0] == 1 else 'RGB')
     except (OSError, SyntaxError, ValueError) as e:
         raise UserError(f'{args.file} cannot be read as an image: {e}') from e
     images = create_transform(**config, is_training=False)(picture)[None]
-    parts = list(split_parts(images, args.radii, _options(args), config['mean'], config['std']))
+    bands = list_bands(args.radii)
+    parts = list(band_images(images, bands, _options(args), config['mean'], config['std']))
     with torch.inference_mode():
-        confidences = [subject.model(part).softmax(-1)[0] for _, _, part in parts]
+        confidences = [subject.model(part).softmax(-1)[0] for part in parts]
     names = _class_names(args, subject)
     answers = []
     for confidence in confidences:
         top = confidence.argsort(descending=True)[:3].tolist()
         answers.append([(names[i] if names else f'class {i}', confidence[i].item()) for i in top])
     mean, std = (images.new_tensor(config[name]).view(-1, 1, 1) for name in ('mean', 'std'))
-    pixels = [(band, radius, part[0] * std + mean) for band, radius, part in parts]
+    pixels = [(band.kind, band.radius, part[0] * std + mean) for band, part in zip(bands, parts, strict=True)]
     path = args.output / f'{args.file.stem}.png'
     plot_image_panel(pixels, answers, path, f'{subject.name}: {args.file.name}, radii in cycles per image')
     for (band, radius, _), lines in zip(pixels, answers, strict=True):
@@ -138,29 +147,27 @@ def _add_layers(commands) -> None:
     _add_model(parser, 'model')
     _add_data(parser)
     parser.add_argument('--modules', nargs='+', metavar='NAME', help='modules to look at (default: all gates)')
-    parser.add_argument('--images', type=int, default=64, help='number of images (default: %(default)s)')
-    _add_machine(parser, amp=False)
+    _add_machine(parser, num_images=64)
     parser.add_argument('--no-figure', action='store_true', help='write the CSV alone, without matplotlib')
 
 
 def _run_layers(args: argparse.Namespace) -> None:
     """Write and draw the radial power spectra of features before and after each gate of a model."""
     from gmnet_timm.frequency.data import create_band_loader
-    from gmnet_timm.frequency.plots import plot_layer_gains, plot_layer_spectra, require_matplotlib
+    from gmnet_timm.frequency.extras import require_matplotlib
+    from gmnet_timm.frequency.plots import plot_layer_gains, plot_layer_spectra
     from gmnet_timm.frequency.reports import write_csv
     from gmnet_timm.frequency.spectra import layer_spectra
 
     if not args.no_figure:
         require_matplotlib()
-    if args.images < 1:
-        raise UserError(f'--images must be positive, got {args.images}.')
     subject = _load(args.model, args)
     with _Machine(args) as machine:
         if machine.world_size > 1:
             raise UserError('freq layers runs in one process.')
         loader = create_band_loader(
             args.data_dir, subject.data_config, dataset=args.dataset, split=args.split, class_map=args.class_map,
-            batch_size=args.batch_size, workers=args.workers, limit=args.images)
+            batch_size=args.batch_size, workers=args.workers, num_images=args.num_images)
         layers = layer_spectra(subject.model.to(machine.device), loader, args.modules)
     write_csv([row for layer in layers for row in layer.as_rows()], args.output / 'layers.csv')
     for layer in layers:
@@ -205,7 +212,8 @@ def _power(rate: float) -> str:
 
 
 def _add_study(commands) -> None:
-    parser = _command(commands, 'study', "band accuracy by epoch of the paper's models on photographs", _run_study)
+    parser = _command(
+        commands, 'study', "band accuracy by epoch of the paper's models on photographs", _run_study, force=False)
     parser.set_defaults(output=Path('output/freq-study'))
     parser.add_argument('--seeds', type=int, nargs='+', default=list(range(5)), help='(default: 0 1 2 3 4)')
     parser.add_argument('--families', nargs='+', choices=['resnet18', 'gmnet_s1'], help='(default: all)')
@@ -232,9 +240,11 @@ def _run_study(args: argparse.Namespace) -> None:
     print(f'\n{format_summary(summary)}\n\n{args.output / "summary.csv"} and figures beside it')
 
 
-def _command(commands, name: str, text: str, run, output: bool = True) -> argparse.ArgumentParser:
+def _command(commands, name: str, text: str, run, output: bool = True, force: bool = True) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=run.__doc__)
     parser.set_defaults(run=run)
+    if output and force:
+        parser.add_argument('--force', action='store_true', help='replace the results of an earlier call')
     if output:
         parser.add_argument(
             '--output',
@@ -257,48 +267,73 @@ def _add_data(parser, own: bool = False) -> None:
     parser.add_argument(
         '--data-dir',
         metavar='DIR',
-        help='a folder with a folder a class' + (" (default: the run's own data)" if own else ''),
+        help='image folder with one sub-folder per class' + (" (default: the run's own data)" if own else ''),
     )
     parser.add_argument('--dataset', default='', help='a dataset name of timm, such as torch/cifar10')
-    parser.add_argument('--split', default='validation', help='(default: %(default)s)')
+    parser.add_argument(
+        '--split', help='sub-folder or split (default: validation; a folder without splits is taken as it is)')
     parser.add_argument('--class-map', default='', metavar='FILE', help='order of the classes, as for train.py')
     if own:
-        parser.add_argument('--no-ema', action='store_true', help='ignore averaged weights in checkpoints')
+        parser.add_argument('--no-ema', action='store_true', help='ignore EMA weights in checkpoints')
 
 
 def _add_split(parser, radii: list[float]) -> None:
     parser.add_argument(
         '--radii', type=float, nargs='+', default=radii, metavar='R',
         help=f'in cycles per image (default: {" ".join(f"{r:g}" for r in radii)})')
-    parser.add_argument('--keep-mean', action='store_true', help='keep the mean of each channel in the high part')
+    parser.add_argument('--keep-dc', action='store_true', help='keep the mean of each channel in high-pass images')
     parser.add_argument(
-        '--restore-contrast', action='store_true', help="scale the high part to the image's standard deviation")
+        '--restore-contrast', action='store_true', help="scale high-pass images to the image's standard deviation")
+    parser.add_argument(
+        '--edge-width', type=float, default=0., metavar='W',
+        help='cycles per image over which a band fades out (default: 0, the hard edge of the paper)')
     parser.add_argument(
         '--split-space', choices=['normalized', 'pixels'], default='normalized',
         help='split what enters the model, or pixels before normalisation (default: %(default)s)')
 
 
-def _add_machine(parser, amp: bool = True) -> None:
+def _add_bands(parser) -> None:
+    parser.add_argument(
+        '--bands',
+        nargs='+',
+        default=['low', 'high'],
+        choices=['low', 'high', 'band-pass', 'band-stop'],
+        help='low-pass and high-pass images of each radius; band-pass and band-stop between each two radii '
+             '(default: low high)',
+    )
+
+
+def _add_machine(parser, num_images: int | None = None) -> None:
+    """Options of how a command runs; it evaluates all images and takes --amp unless it has a number of images."""
     parser.add_argument('--device', default='auto', help='(default: a GPU if there is one)')
     parser.add_argument('--batch-size', type=int, default=64, help='(default: %(default)s)')
     parser.add_argument('--workers', type=int, default=2, help='processes that load images (default: %(default)s)')
-    if amp:
-        parser.add_argument('--limit', type=int, metavar='N', help='use N images, evenly spaced (default: all)')
+    parser.add_argument(
+        '--num-images', type=int, metavar='N', default=num_images,
+        help=f'use N images, evenly spaced (default: {num_images or "all"})')
+    if num_images is None:
         parser.add_argument('--amp', choices=['bfloat16', 'float16'], help='autocast to this type')
 
 
 def _settings(args: argparse.Namespace):
     from gmnet_timm.frequency.evaluation import EvalSettings
-    if args.limit is not None and args.limit < 1:
-        raise UserError(f'--limit must be positive, got {args.limit}.')
     return EvalSettings(
-        data_dir=args.data_dir, dataset=args.dataset, split=args.split, class_map=args.class_map, limit=args.limit,
-        radii=tuple(args.radii), options=_options(args), amp_dtype=args.amp)
+        data_dir=args.data_dir, dataset=args.dataset, split=args.split, class_map=args.class_map,
+        num_images=args.num_images, radii=tuple(args.radii), kinds=tuple(args.bands), options=_options(args),
+        amp_dtype=args.amp)
 
 
 def _options(args: argparse.Namespace):
     from gmnet_timm.frequency.bands import SplitOptions
-    return SplitOptions(args.keep_mean, args.restore_contrast, args.split_space)
+    return SplitOptions(args.keep_dc, args.restore_contrast, args.split_space, args.edge_width)
+
+
+def _refuse_existing(args: argparse.Namespace, *names: str) -> None:
+    """Before the work: do not replace the results of an earlier call."""
+    for name in names:
+        if (args.output / name).exists() and not args.force:
+            raise UserError(
+                f'{args.output / name} exists: choose another folder by --output, or give --force to replace it.')
 
 
 class _Machine:
@@ -311,6 +346,8 @@ class _Machine:
         from gmnet_timm.device import resolve_device
         if args.batch_size < 1 or args.workers < 0:
             raise UserError('--batch-size must be positive, --workers not negative.')
+        if args.num_images is not None and args.num_images < 1:
+            raise UserError(f'--num-images must be positive, got {args.num_images}.')
         found = init_distributed_device_so(resolve_device(args.device))
         self.device = torch.device(found['device'])
         self.rank, self.world_size = found['global_rank'], found['world_size']

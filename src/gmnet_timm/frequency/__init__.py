@@ -1,10 +1,17 @@
-"""What classifiers make of the low and the high frequencies of images, for any timm model."""
-from gmnet_timm.frequency.bands import BandAccuracy, SplitOptions, evaluate_bands
+"""How well models work on only the low or only the high frequencies of images, and what their layers do with them."""
+from gmnet_timm.frequency.bands import Band, BandAccuracy, SplitOptions, band_images, evaluate_bands, list_bands
 from gmnet_timm.frequency.gates import Product, Tap, find_gates, find_products
 from gmnet_timm.frequency.spectra import LayerSpectrum, layer_spectra
-from gmnet_timm.frequency.split import frequency_bands, num_rings, radial_power_spectrum, split_frequencies
+from gmnet_timm.frequency.split import (
+    frequency_bands,
+    modes_per_bin,
+    num_radial_bins,
+    radial_power_spectrum,
+    split_frequencies,
+)
 
 __all__ = [
-    'BandAccuracy', 'LayerSpectrum', 'Product', 'SplitOptions', 'Tap', 'evaluate_bands', 'find_gates', 'find_products',
-    'frequency_bands', 'layer_spectra', 'num_rings', 'radial_power_spectrum', 'split_frequencies',
+    'Band', 'BandAccuracy', 'LayerSpectrum', 'Product', 'SplitOptions', 'Tap', 'band_images', 'evaluate_bands',
+    'find_gates', 'find_products', 'frequency_bands', 'layer_spectra', 'list_bands', 'modes_per_bin',
+    'num_radial_bins', 'radial_power_spectrum', 'split_frequencies',
 ]

@@ -1,16 +1,42 @@
 """Evaluation data that counts what it cannot decode, where timm's loaders put the next image in its place."""
 import io
 import itertools
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import ImageDataset, create_dataset, create_transform
+from timm.data.readers.img_extensions import get_img_extensions
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
-from gmnet_timm.errors import UserError
+from gmnet_timm.errors import UserError, listed
 
-__all__ = ['CountingLoader', 'create_band_loader']
+__all__ = ['CountingLoader', 'create_band_loader', 'to_mode']
+
+# names that timm takes for the same split
+_SYNONYMS: tuple[tuple[str, ...], ...] = (
+    ('train', 'training'), ('validation', 'val', 'valid', 'eval', 'evaluation'), ('test',))
+
+
+def to_mode(image: Image.Image, mode: str) -> Image.Image:
+    """Convert an image to 8 bits per channel, 'L' or 'RGB', by the range of its own type.
+
+    PIL clips 16-bit pixels at 255 instead.
+
+    Raises:
+        UserError: The pixels are of a type that has no range, such as float.
+    """
+    if image.mode.startswith('I;16') or (image.mode == 'I' and image.format == 'PNG'):  # by versions of PIL
+        image = Image.fromarray((np.asarray(image).astype(np.float64) / 257).round().clip(0, 255).astype(np.uint8))
+    elif image.mode in ('I', 'F'):
+        raise UserError(
+            f'{getattr(image, "filename", "") or "An image"} has {"32-bit float" if image.mode == "F" else "32-bit"} '
+            'pixels, and does not say what is black and what is white. Convert it to 8 or 16 bits.')
+    return image.convert(mode)
 
 
 class _DecodedImages(Dataset):
@@ -24,14 +50,14 @@ class _DecodedImages(Dataset):
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
-    def __getitem__(self, index: int) -> Optional[Tuple[torch.Tensor, int]]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int] | None:
         try:
             if isinstance(self.dataset, ImageDataset):
                 image, target = self.dataset.reader[index][:2]  # the dataset itself replaces what it cannot decode
                 image = Image.open(io.BytesIO(image) if isinstance(image, bytes) else image)
             else:
                 image, target = self.dataset[index]
-            image = image.convert(self.img_mode)
+            image = to_mode(image, self.img_mode)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what PIL raises for damaged files
             return None
         return self.transform(image), -1 if target is None else int(target)
@@ -40,15 +66,15 @@ class _DecodedImages(Dataset):
 class _StreamedImages(IterableDataset):
     """Transformed images and labels of a timm dataset that can only be read from its start, and decodes by itself."""
 
-    def __init__(self, dataset: IterableDataset, transform, img_mode: str, limit: Optional[int]):
+    def __init__(self, dataset: IterableDataset, transform, img_mode: str, num_images: int | None):
         self.dataset = dataset
         self.transform = transform
         self.img_mode = img_mode
-        self.limit = limit
+        self.num_images = num_images
 
     def __iter__(self):
-        for image, target in itertools.islice(self.dataset, self.limit):
-            yield self.transform(image.convert(self.img_mode)), int(target)
+        for image, target in itertools.islice(self.dataset, self.num_images):
+            yield self.transform(to_mode(image, self.img_mode)), int(target)
 
 
 class CountingLoader:
@@ -56,10 +82,12 @@ class CountingLoader:
 
     Attributes:
         skipped: Images left out in the last pass, of all processes where there are several.
+        ignored: Files of an image folder that look like images, but whose extension timm does not read.
     """
 
-    def __init__(self, loader: DataLoader):
+    def __init__(self, loader: DataLoader, ignored: int = 0):
         self.loader = loader
+        self.ignored = ignored
         self.skipped = 0
 
     def __len__(self) -> int:
@@ -78,42 +106,61 @@ class CountingLoader:
 
 
 def create_band_loader(
-        root: Optional[str],
-        data_config: Dict[str, Any],
+        root: str | None,
+        data_config: dict[str, Any],
         *,
         dataset: str = '',
-        split: str = 'validation',
+        split: str | None = None,
         class_map: str = '',
-        num_classes: Optional[int] = None,
+        num_classes: int | None = None,
         batch_size: int = 64,
         workers: int = 2,
-        limit: Optional[int] = None,
+        num_images: int | None = None,
         rank: int = 0,
         world_size: int = 1,
+        root_from: str = '--data-dir',
 ) -> CountingLoader:
     """Create a loader of normalised images and labels with timm's evaluation preprocessing.
 
     Args:
         root: Folder of the data.
         data_config: As from `timm.data.resolve_data_config`.
-        dataset: Name of a dataset as for `timm.data.create_dataset`, '' for a folder with a folder a class.
-        split: Name of the split, a folder of this name in `root` is found.
+        dataset: Name of a dataset as for `timm.data.create_dataset`, '' for an image folder with one sub-folder per
+            class.
+        split: Name of the split. For an image folder this is a sub-folder of `root` (train, validation and their
+            synonyms count as one), or '.' for `root` itself. By default 'validation'; an image folder without splits
+            is taken as it is.
         class_map: File with the order of the classes, as for `timm.data.create_dataset`.
         num_classes: Outputs of the model, to be compared with the classes of the data.
-        batch_size: Images a batch.
+        batch_size: Images per batch.
         workers: Processes that load images, 0 for none.
-        limit: Use this many images, evenly spaced (of a stream the first ones), None for all.
+        num_images: Use this many images, evenly spaced (of a stream the first ones), None for all.
         rank: Which part of the data to load, every `world_size`-th image from this one on.
         world_size: Number of parts.
+        root_from: Where `root` was stated, for error messages.
 
     Raises:
-        UserError: The data cannot be read, is empty, or has another number of classes than the model.
+        UserError: The data cannot be read, has no such split, is empty, or has another number of classes than the
+            model.
     """
     if not root and not dataset:
         raise UserError('There is no data: give an image folder (--data-dir) or a dataset name of timm (--dataset).')
+    is_folder = '/' not in dataset or dataset.lower() in ('torch/folder', 'torch/image_folder')
+    if is_folder and root and not Path(root).exists():
+        raise UserError(
+            f'The data folder {root}, from {root_from}, cannot be read: there is no such folder. '
+            'Say where the data is by --data-dir.')
+    if is_folder and root and Path(root).is_dir():
+        root, split = str(_split_folder(Path(root), split)), '.'
     img_mode = 'L' if data_config['input_size'][0] == 1 else 'RGB'
     try:
-        images = create_dataset(dataset, root, split=split, class_map=class_map, input_img_mode=img_mode)  # type: ignore[arg-type]
+        images = create_dataset(
+            dataset,
+            root,
+            split=split or 'validation',
+            class_map=class_map,  # type: ignore[arg-type]
+            input_img_mode=img_mode,
+        )
     except (RuntimeError, OSError, AssertionError, ValueError, ImportError) as e:
         reason = str(e) or 'no such folder, or none with images below it'  # timm asserts without a word
         raise UserError(f'The data {dataset or root} cannot be read: {reason}.') from e
@@ -121,15 +168,15 @@ def create_band_loader(
     if isinstance(images, IterableDataset):
         if world_size > 1:
             raise UserError(f'{dataset} is a stream, which cannot be split exactly. Evaluate it with one process.')
-        stream = _StreamedImages(images, transform, img_mode, limit)
+        stream = _StreamedImages(images, transform, img_mode, num_images)
         return CountingLoader(DataLoader(stream, batch_size, collate_fn=_collate))  # several workers would split it
     if len(images) == 0:
         raise UserError(f'The data {dataset or root} holds no images.')
     _check_classes(images, num_classes)
     decoded: Dataset = _DecodedImages(images, transform, img_mode)
     indices: Sequence[int] = range(len(images))
-    if limit is not None and limit < len(images):
-        indices = [i * len(images) // limit for i in range(limit)]
+    if num_images is not None and num_images < len(images):
+        indices = [i * len(images) // num_images for i in range(num_images)]
     loader = DataLoader(
         Subset(decoded, indices[rank::world_size]),
         batch_size,
@@ -137,17 +184,44 @@ def create_band_loader(
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
     )
-    return CountingLoader(loader)
+    return CountingLoader(loader, _count_ignored(root) if is_folder and not dataset and root else 0)
 
 
-def _check_classes(dataset: Dataset, num_classes: Optional[int]) -> None:
+def _split_folder(root: Path, split: str | None) -> Path:
+    """The folder of a split, where timm would take the root itself for a split that is not there."""
+    if split == '.':
+        return root
+    wanted = split or 'validation'
+    names = next((names for names in _SYNONYMS[:2] if wanted in names), (wanted,))
+    for name in dict.fromkeys((wanted, *names)):
+        if (root / name).is_dir():
+            return root / name
+    known = [name for names in _SYNONYMS for name in names if (root / name).is_dir()]
+    if split is None and not known:
+        return root
+    there = f'the splits are {", ".join(known)}' if known else 'it has no splits; give --split . to take it as it is'
+    raise UserError(f'{root} has no split {wanted}: {there}.')
+
+
+def _count_ignored(root: str) -> int:
+    """Files that PIL reads by their extension and timm's image folder does not."""
+    if not Path(root).is_dir():
+        return 0
+    Image.init()
+    others = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN} - set(get_img_extensions())
+    return sum(
+        Path(name).suffix.lower() in others
+        for folder, _, names in os.walk(root, followlinks=True) for name in names if folder != str(root))
+
+
+def _check_classes(dataset: Dataset, num_classes: int | None) -> None:
     class_to_idx = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
     if num_classes is not None and class_to_idx is not None and len(class_to_idx) != num_classes:
         raise UserError(
-            f'The data has {len(class_to_idx)} classes, the model has {num_classes} outputs. For part of the classes '
-            f'of the training data, give their order by --class-map.')
+            f'The data has {len(class_to_idx)} classes ({listed(list(class_to_idx))}), the model has {num_classes} '
+            'outputs. For part of the classes of the training data, give their order by --class-map.')
 
 
-def _collate(samples: List[Optional[Tuple[torch.Tensor, int]]]):
+def _collate(samples: list[tuple[torch.Tensor, int] | None]):
     good = [sample for sample in samples if sample is not None]
     return default_collate(good) if good else None, len(samples) - len(good)

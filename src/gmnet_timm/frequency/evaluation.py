@@ -1,6 +1,7 @@
 """Band accuracies of models and of training runs, with everything needed to repeat them."""
 import dataclasses
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ import timm
 import torch
 
 from gmnet_timm import __version__
+from gmnet_timm.errors import UserError
 from gmnet_timm.frequency.bands import SplitOptions, evaluate_bands
 from gmnet_timm.frequency.data import create_band_loader
 from gmnet_timm.frequency.reports import read_csv, write_csv
@@ -27,10 +29,11 @@ class EvalSettings:
 
     data_dir: str | None
     dataset: str = ''
-    split: str = 'validation'
+    split: str | None = None
     class_map: str = ''
-    limit: int | None = None
+    num_images: int | None = None
     radii: tuple[float, ...] = (12., 24., 36.)
+    kinds: tuple[str, ...] = ('low', 'high')
     options: SplitOptions = SplitOptions()
     amp_dtype: str | None = None  # name of a torch type
 
@@ -44,6 +47,7 @@ def evaluate_model(
         workers: int = 2,
         rank: int = 0,
         world_size: int = 1,
+        root_from: str = '--data-dir',
 ) -> dict[str, Any]:
     """Evaluate a model band by band.
 
@@ -51,10 +55,11 @@ def evaluate_model(
         model: The model.
         settings: Data, radii and options.
         device: Where to run.
-        batch_size: Images a batch.
+        batch_size: Images per batch.
         workers: Processes that load images.
         rank: Part of the data that this process evaluates.
         world_size: Number of processes.
+        root_from: Where the folder of the data was stated, for error messages.
 
     Returns:
         A report that `json.dump` takes: results by band, and everything needed to repeat them.
@@ -73,14 +78,16 @@ def evaluate_model(
         num_classes=getattr(model.model, 'num_classes', None),
         batch_size=batch_size,
         workers=workers,
-        limit=settings.limit,
+        num_images=settings.num_images,
         rank=rank,
         world_size=world_size,
+        root_from=root_from,
     )
     results = evaluate_bands(
         model.model.to(device),
         loader,
         settings.radii,
+        kinds=settings.kinds,
         options=settings.options,
         mean=config['mean'],
         std=config['std'],
@@ -91,10 +98,11 @@ def evaluate_model(
         provenance=model.provenance,
         results=[result.as_row() for result in results],
         skipped=loader.skipped,
+        ignored=loader.ignored,
         settings=asdict(settings),
         data_config=config,
         batch_size=batch_size,
-        processes=world_size,
+        world_size=world_size,
         device=torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.machine() + ' CPU',
         versions={'gmnet_timm': __version__, 'timm': timm.__version__, 'torch': torch.__version__},
         command=sys.argv,
@@ -102,14 +110,17 @@ def evaluate_model(
 
 
 def report_rows(report: dict[str, Any], **first: Any) -> list[dict[str, Any]]:
-    """One line a band for a CSV, with the choices that decided it.
+    """One row per band for a CSV, with the choices that decided it.
 
     Args:
         report: From `evaluate_model`.
         **first: Columns to put first.
     """
     return [
-        {**first, 'model': report['name'], **result, 'skipped': report['skipped'], **_settings_columns(report)}
+        {
+            **first, 'model': report['name'], **result, 'skipped': report['skipped'], 'ignored': report['ignored'],
+            **_settings_columns(report),
+        }
         for result in report['results']
     ]
 
@@ -127,18 +138,18 @@ def evaluate_runs(
     Args:
         runs: Run folders of train.py or of the demo.
         settings: Data, radii and options. Without data, each run's own validation data.
-        path: CSV file to write after each checkpoint. Lines of other runs and settings in it are kept.
+        path: CSV file to write after each checkpoint. Rows of other runs and settings in it are kept.
         use_ema: Evaluate EMA weights where a checkpoint has them.
         **kwargs: As for `evaluate_model`.
 
     Returns:
-        The lines for these runs and settings, in order of runs and epochs.
+        The rows for these runs and settings, in order of runs and epochs.
     """
     rows = read_csv(path) if path.is_file() else []
     wanted = []
     for run in runs:
         args = read_args(run / ARGS_NAME)
-        own = _with_data_of(settings, args)
+        own = _with_data_of(settings, args, run / ARGS_NAME)
         for epoch, checkpoint in epoch_checkpoints(run).items():
             key = dict(
                 run=str(run), epoch=str(epoch), ema=str(use_ema),
@@ -148,7 +159,8 @@ def evaluate_runs(
             if any(key.items() <= row.items() for row in rows):
                 continue
             model = dataclasses.replace(load_model(str(checkpoint), use_ema=use_ema), name=args['model'])
-            report = evaluate_model(model, own, **kwargs)
+            report = evaluate_model(
+                model, own, **kwargs, root_from='--data-dir' if settings.data_dir else str(run / ARGS_NAME))
             new = report_rows(report, **key)
             same = {name: value for name, value in key.items() if name != 'checkpoint_time'}
             rows = [row for row in rows if not same.items() <= row.items()]
@@ -165,6 +177,10 @@ def _settings_columns(report: dict[str, Any]) -> dict[str, Any]:
         'input_size': 'x'.join(map(str, config['input_size'])),
         'interpolation': config['interpolation'],
         'crop_pct': config['crop_pct'],
+        'crop_mode': config.get('crop_mode', 'center'),
+        'mean': ' '.join(map(str, config['mean'])),
+        'std': ' '.join(map(str, config['std'])),
+        'weights_sha256': report['provenance'].get('weights_sha256', ''),
     }
 
 
@@ -173,10 +189,16 @@ def _requested(settings: EvalSettings) -> dict[str, str]:
     fields = asdict(settings)
     fields.update(fields.pop('options'))
     fields['radii'] = ' '.join(f'{radius:g}' for radius in settings.radii)
+    fields['kinds'] = ' '.join(settings.kinds)
     return {name: '' if value is None else str(value) for name, value in fields.items()}
 
 
-def _with_data_of(settings: EvalSettings, args: dict[str, Any]) -> EvalSettings:
+def _with_data_of(settings: EvalSettings, args: dict[str, Any], where: Path) -> EvalSettings:
+    """The settings with the data of a run, where none is stated.
+
+    Somebody else may have written args.yaml, and a name like `wds/…`, a URL like `pipe:…` or a pickled class map can
+    make a reader of data run a program.
+    """
     if settings.data_dir or settings.dataset:
         return settings
     fields = {name: args[key] for name, key in (
@@ -184,4 +206,13 @@ def _with_data_of(settings: EvalSettings, args: dict[str, Any]) -> EvalSettings:
         if args.get(key)}
     if 'data_dir' not in fields and args.get('data'):  # train.py's positional argument
         fields['data_dir'] = args['data']
-    return EvalSettings(**{**settings.__dict__, **fields})
+    for name, value in fields.items():
+        unusual = not isinstance(value, str) or re.search(r'^[\w.+-]{2,}:|[|\0\n]', value)
+        if unusual or (name == 'dataset' and '/' in value) or (name == 'class_map' and not value.endswith('.txt')):
+            raise UserError(
+                f'{where} asks for {name} {str(value)[:100]!r}. From such a file only folders, dataset names without a '
+                f'prefix and class maps in .txt are taken: if you trust it, state the data by --data-dir, --dataset, '
+                '--split and --class-map.')
+    if settings.split is not None:
+        fields['split'] = settings.split
+    return dataclasses.replace(settings, **fields)

@@ -5,13 +5,14 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 
-from gmnet_timm.errors import MissingExtraError, UserError
+from gmnet_timm.errors import UserError
 from gmnet_timm.files import replacing
+from gmnet_timm.frequency.extras import require_matplotlib
 from gmnet_timm.frequency.spectra import LayerSpectrum
 from gmnet_timm.frequency.split import radial_power_spectrum
 
 __all__ = [
-    'Curves', 'plot_band_curves', 'plot_image_panel', 'plot_layer_gains', 'plot_layer_spectra', 'require_matplotlib',
+    'Curves', 'plot_band_curves', 'plot_image_panel', 'plot_layer_gains', 'plot_layer_spectra',
 ]
 
 # label -> (band, radius as text) -> points (epoch, percent, lower end, upper end)
@@ -25,18 +26,6 @@ _LINES: List[Dict[str, Any]] = [
     dict(linestyle=(0, (5, 1)), marker='v', color='#009e73'),
     dict(linestyle=(0, (1, 1)), marker='X', color='#aa4499'),
 ]
-
-
-def require_matplotlib() -> None:
-    """Fail before the work that a figure is to show.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError as e:
-        raise MissingExtraError('matplotlib', 'plot') from e
 
 
 def plot_band_curves(curves: Curves, path: Path, title: str = '', intervals: str = '') -> None:

@@ -12,47 +12,69 @@ __all__ = ['format_table', 'read_csv', 'write_csv', 'write_json']
 
 
 def format_table(reports: Sequence[dict[str, Any]]) -> str:
-    """Top-1 in the layout of the paper's tables, with half of the 95 % interval, and what was chosen below."""
-    width = max(len(report['name']) for report in reports)
-    heads = [f'{row["band"]} {row["radius"]}'.strip() for row in reports[0]['results']]
-    order = sorted(range(len(heads)), key=lambda i: ('raw', 'low', 'high').index(reports[0]['results'][i]['band']))
-    lines = [f'{"top-1 %, ± 95 %":<{width}}' + ''.join(f'  {heads[i]:>11}' for i in order)]
-    for report in reports:
-        cells = []
-        for i in order:
-            row = report['results'][i]
-            cells.append(f'{row["top1"]:.1f} ±{(row["top1_high"] - row["top1_low"]) / 2:.1f}')
-        lines.append(f'{report["name"]:<{width}}' + ''.join(f'  {cell:>11}' for cell in cells))
-    report = reports[0]
+    """Top-1 in the layout of the paper's tables with the bounds of Wilson's 95 % interval; the choices below."""
+    rows = [_sorted_results(report) for report in reports]
+    heads = [' '.join(filter(None, [row['band'], _radii(row)])) for row in rows[0]]
+    width = max(len('top-1 % (95 %)'), *(len(report['name']) for report in reports))
+    lines = [f'{"top-1 % (95 %)":<{width}}' + ''.join(f'  {head:>16}' for head in heads)]
+    for report, results in zip(reports, rows, strict=True):
+        cells = (f'{row["top1"]:.1f} ({row["top1_low"]:.1f}-{row["top1_high"]:.1f})' for row in results)
+        lines.append(f'{report["name"]:<{width}}' + ''.join(f'  {cell:>16}' for cell in cells))
+    lines += ['', "In brackets: Wilson's interval, 95 % of which contain the accuracy on all images of this kind."]
+    notes = {report['name']: _describe_data(report) for report in reports}
+    if len(set(notes.values())) == 1:
+        lines.append(next(iter(notes.values())))
+    else:
+        lines += [f'{name}: {note}' for name, note in notes.items()]
+    return '\n'.join([*lines, _describe_split(reports[0])])
+
+
+def _sorted_results(report: dict[str, Any]) -> list[dict[str, Any]]:
+    order = ('raw', 'low', 'high', 'band-pass', 'band-stop')
+    return sorted(report['results'], key=lambda row: order.index(row['band']))  # stable: radii stay in their order
+
+
+def _radii(row: dict[str, Any]) -> str:
+    return '-'.join(filter(None, [row['inner_radius'], row['radius']]))
+
+
+def _describe_data(report: dict[str, Any]) -> str:
+    config = report['data_config']
+    height, width = config['input_size'][1:]
+    mean, std = (' '.join(f'{value:.3g}' for value in config[key]) for key in ('mean', 'std'))
+    ignored = f', {report["ignored"]} files of types that timm does not read' if report['ignored'] else ''
+    return (
+        f'{report["results"][0]["count"]} images of {height}x{width}, '
+        f'{report["skipped"]} could not be decoded{ignored}; '
+        f'crop {config["crop_pct"]:g} {config.get("crop_mode", "center")}, {config["interpolation"]}, mean {mean}, '
+        f'std {std}.')
+
+
+def _describe_split(report: dict[str, Any]) -> str:
     options = report['settings']['options']
-    height, width = report['data_config']['input_size'][1:]
     choices = [f'split on {options["space"]} values']
-    choices += ['mean kept in the high part'] if options['keep_mean'] else []
-    choices += ['contrast of the high part restored'] if options['restore_contrast'] else []
-    lines += [
-        '',
-        f'{report["results"][0]["count"]} images of {height}x{width}, {report["skipped"]} could not be decoded.',
-        f'Radii in cycles per image, {", ".join(choices)}.',
-    ]
-    return '\n'.join(lines)
+    choices += ['mean kept in high-pass images'] if options['keep_dc'] else []
+    choices += ['contrast of high-pass images restored'] if options['restore_contrast'] else []
+    choices += [f'edges {options["edge_width"]:g} wide'] if options['edge_width'] else []
+    return f'Radii in cycles per image, {", ".join(choices)}.'
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """Lines of a CSV file as dictionaries."""
+    """Rows of a CSV file as dictionaries."""
     with path.open(newline='') as file:
         return list(csv.DictReader(file))
 
 
-def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write lines, the columns of the first one first. The file is complete or the old one at any time."""
+def write_csv(rows: Sequence[dict[str, Any]], path: Path, force: bool = True) -> None:
+    """Write rows, the columns of the first one first. The file is complete or the old one at any time."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO(newline='')
     writer = csv.DictWriter(text, columns)
     writer.writeheader()
     writer.writerows(rows)
-    write_text(path, text.getvalue())
+    write_text(path, text.getvalue(), force=force)
 
 
-def write_json(data: Any, path: Path) -> None:
+def write_json(data: Any, path: Path, force: bool = True) -> None:
     """Write JSON. The file is complete or the old one at any time."""
-    write_text(path, json.dumps(data, indent=2) + '\n')
+    write_text(path, json.dumps(data, indent=2) + '\n', force=force)

@@ -9,103 +9,145 @@ for a frequency and its conjugate, and for a frequency on the edge of an even si
 """
 import functools
 import math
-from typing import List, Sequence, Tuple
+from collections.abc import Sequence
 
 import torch
 
 from gmnet_timm.errors import UserError
 
-__all__ = ['check_corner', 'check_radii', 'frequency_bands', 'num_rings', 'radial_power_spectrum', 'split_frequencies']
+__all__ = [
+    'check_corner', 'check_radii', 'frequency_bands', 'modes_per_bin', 'num_radial_bins', 'radial_power_spectrum',
+    'split_frequencies',
+]
 
 
 def split_frequencies(
         images: torch.Tensor,
         radius: float,
-        keep_mean: bool = False,
+        keep_dc: bool = False,
         restore_contrast: bool = False,
-) -> Tuple[torch.Tensor, torch.Tensor]:
+        edge_width: float = 0.,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Split images into the frequencies up to a radius, and those beyond it.
 
-    Radius 0 leaves the mean of each channel in the low part, a radius past the corner leaves nothing in the high part.
+    Radius 0 leaves the mean of each channel in the low-pass image, a radius past the corner leaves nothing in the
+    high-pass image.
 
     Args:
         images: Real images (..., H, W). Half-precision ones are transformed in float32 and returned in their own type.
-        radius: Largest radius of the low part, in cycles per image.
-        keep_mean: Add the mean of each channel to the high part too, low + high is then no longer the image.
-        restore_contrast: Scale each channel of the high part to the standard deviation of the image's.
+        radius: Largest radius of the low-pass image, in cycles per image.
+        keep_dc: Add the mean of each channel to the high-pass image too; low + high is then no longer the image.
+        restore_contrast: Scale each channel of the high-pass image to the standard deviation of the image's.
+        edge_width: As for `frequency_bands`.
 
     Returns:
-        Low and high part, each (..., H, W).
+        Low-pass and high-pass image, each (..., H, W).
 
     Raises:
-        UserError: The radius is negative or not a number, or the input is no real image.
+        UserError: The radius or the edge is negative or NaN, or the input is not a real image.
     """
-    low, high = frequency_bands(images, [radius])
+    low, high = frequency_bands(images, [radius], edge_width)
+    return low, restore(high, images, keep_dc, restore_contrast)
+
+
+def restore(x: torch.Tensor, images: torch.Tensor, keep_dc: bool, restore_contrast: bool) -> torch.Tensor:
+    """Give a filtered image without a mean the contrast and the mean of the image that it comes from."""
     if restore_contrast:
-        high = _with_contrast_of(high, images)
-    if keep_mean:
-        high = high + images.mean((-2, -1), keepdim=True)
-    return low, high
+        x = _with_contrast_of(x, images)
+    return x + images.mean((-2, -1), keepdim=True) if keep_dc else x
 
 
-def frequency_bands(images: torch.Tensor, radii: Sequence[float]) -> List[torch.Tensor]:
-    """Split images into rings of frequencies that sum to the image.
+def frequency_bands(images: torch.Tensor, radii: Sequence[float], edge_width: float = 0.) -> list[torch.Tensor]:
+    """Split images into bands of frequencies that sum to the image.
 
     Args:
         images: Real images (..., H, W).
-        radii: Increasing outer radii of all rings but the last, in cycles per image.
+        radii: Increasing outer radii of all bands but the last, in cycles per image.
+        edge_width: Width of the raised-cosine edge between two bands, centred at the radius, in cycles per image. 0 is
+            the paper's hard edge, whose filters ring.
 
     Returns:
-        One more ring than radii, each (..., H, W): up to the first radius, between each two, beyond the last.
+        One more band than radii, each (..., H, W): up to the first radius, between each two, beyond the last.
 
     Raises:
         UserError: As by `split_frequencies`, or the radii do not increase.
     """
     check_radii(radii)
+    if not edge_width >= 0:
+        raise UserError(f'The width of the edge must be 0 or more cycles per image, got {edge_width}.')
     x = _as_float(images)
     size = (x.shape[-2], x.shape[-1])
     spectrum = torch.fft.rfft2(x)
     squares = _squared_radii(*size, x.device)
-    ring_of = torch.zeros_like(squares)
-    for r in radii:
-        ring_of += squares > math.floor(min(r * r + 1e-9, 2. ** 62))  # 1e-9: sqrt(13) ** 2 has to include 13
-    return [
-        torch.fft.irfft2(torch.where(ring_of == i, spectrum, 0), s=size).to(images.dtype)
-        for i in range(len(radii) + 1)
-    ]
+    masks = [_low_pass_mask(squares, radius, edge_width).to(x.dtype) for radius in radii]
+    inner = [torch.zeros_like(squares, dtype=x.dtype), *masks]
+    outer = [*masks, torch.ones_like(squares, dtype=x.dtype)]
+    return [torch.fft.irfft2(spectrum * (b - a), s=size).to(images.dtype) for a, b in zip(inner, outer, strict=True)]
 
 
-def radial_power_spectrum(images: torch.Tensor) -> torch.Tensor:
-    """Power of each ring of frequencies, one cycle per image wide.
+def _low_pass_mask(squares: torch.Tensor, radius: float, edge_width: float) -> torch.Tensor:
+    if edge_width == 0:
+        return squares <= math.floor(min(radius * radius + 1e-9, 2. ** 62))  # sqrt(13) ** 2 has to include 13
+    position = (squares.double().sqrt() - radius) / edge_width  # -1/2 … 1/2 over the edge
+    return .5 - .5 * torch.sin(math.pi * position.clamp(-.5, .5))
 
-    The rings of an image sum to the mean square of its pixels (Parseval). A sinusoid of amplitude A that fits the image
-    a whole number of times puts A^2 / 2 in one ring, the rounded radius of its frequency.
+
+def radial_power_spectrum(images: torch.Tensor, window: str | None = None) -> torch.Tensor:
+    """Power of each radial bin, one cycle per image wide.
+
+    The bins of an image sum to the mean square of its pixels (Parseval). A sinusoid of amplitude A that fits the image
+    a whole number of times puts A^2 / 2 in one bin, the rounded radius of its frequency.
 
     Args:
         images: Real images (..., H, W).
+        window: 'hann' tapers the image, without its mean, towards its border, where opposite sides do not meet: a DFT
+            takes that step for a frequency. The window is scaled to keep the power of white noise.
 
     Returns:
-        Power (..., `num_rings(H, W)`), index k for radii from k - 0.5 to k + 0.5 cycles per image.
+        Power (..., `num_radial_bins(H, W)`), index k for radii from k - 0.5 to k + 0.5 cycles per image.
     """
     x = _as_float(images)
     height, width = x.shape[-2:]
+    return bin_power(power_spectrum(x, window), height, width)
+
+
+def power_spectrum(x: torch.Tensor, window: str | None = None) -> torch.Tensor:
+    """|DFT|^2 of real images (..., H, W) by frequency of `rfft2`, (..., H, W // 2 + 1); the squares of means at [0, 0]."""
+    if window not in (None, 'hann'):
+        raise UserError(f'The window is hann or none, got {window}.')
+    mean = None
+    if window is not None:
+        mean = x.mean((-2, -1), keepdim=True)
+        x = (x - mean) * _hann(x.shape[-2], x.shape[-1], x.device).to(x.dtype)
     spectrum = torch.fft.rfft2(x, norm='forward')
     power = spectrum.real.square() + spectrum.imag.square()
-    ring_of, weight = _rings(height, width, x.device)
-    power = (power * weight).flatten(-2)
-    rings = power.new_zeros(*power.shape[:-1], num_rings(height, width))
-    return rings.index_add(-1, ring_of.flatten(), power)
+    if mean is not None:
+        power[..., :1, :1] += mean.square()
+    return power
 
 
-def num_rings(height: int, width: int) -> int:
-    """Number of rings of `radial_power_spectrum` for images of a size: the mean, then one a cycle to the corner."""
+def bin_power(power: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Sum the power of `power_spectrum` over each radial bin, (..., H, W // 2 + 1) to (..., bins)."""
+    bin_of, weight = _bins(height, width, power.device)
+    power = (power * weight.to(power.dtype)).flatten(-2)
+    bins = power.new_zeros(*power.shape[:-1], num_radial_bins(height, width))
+    return bins.index_add(-1, bin_of.flatten(), power)
+
+
+def num_radial_bins(height: int, width: int) -> int:
+    """Number of bins of `radial_power_spectrum` for a size: the mean, then one per cycle up to the corner."""
     return int((((height // 2) ** 2 + (width // 2) ** 2) ** .5) + .5) + 1
+
+
+def modes_per_bin(height: int, width: int) -> torch.Tensor:
+    """Number of frequencies (DFT coefficients) in each radial bin, (bins,): power over it is the power per mode."""
+    return bin_power(torch.ones(height, width // 2 + 1), height, width)
 
 
 def _with_contrast_of(x: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     std = _as_float(x).std((-2, -1), correction=0, keepdim=True)
     wanted = _as_float(images).std((-2, -1), correction=0, keepdim=True)
-    # a part with nothing but rounding errors in it stays as it is
+    # an image with nothing but rounding errors in it stays as it is
     scale = torch.where(std > 1e-5 * wanted, wanted / std.clamp(min=torch.finfo(std.dtype).tiny), 1.)
     return (x * scale).to(x.dtype)
 
@@ -118,6 +160,7 @@ def _as_float(images: torch.Tensor) -> torch.Tensor:
 
 
 def check_radii(radii: Sequence[float]) -> None:
+    """Raise UserError for radii that are negative or NaN, or do not increase."""
     if not radii or not all(r >= 0 for r in radii):
         raise UserError(f'Radii must be numbers from 0 on, in cycles per image, got {list(radii)}.')
     if any(radii[i] >= radii[i + 1] for i in range(len(radii) - 1)):
@@ -159,12 +202,22 @@ def _squared_radii(height: int, width: int, device: torch.device) -> torch.Tenso
 
 
 @_cached_by_size
-def _rings(height: int, width: int, device: torch.device) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Ring of each frequency of `rfft2`, and how often it is in the whole spectrum: once or, with conjugate, twice."""
-    k = torch.arange(num_rings(height, width), device=device)
-    ring_of = torch.bucketize(_squared_radii(height, width, device), k * (k + 1))  # (k + 0.5)^2 without the quarter
+def _bins(height: int, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Bin of each frequency of `rfft2`, and how often it is in the whole spectrum: once or, with conjugate, twice."""
+    k = torch.arange(num_radial_bins(height, width), device=device)
+    bin_of = torch.bucketize(_squared_radii(height, width, device), k * (k + 1))  # (k + 0.5)^2 without the quarter
     weight = torch.full((width // 2 + 1,), 2., device=device)
     weight[0] = 1.
     if width % 2 == 0:
         weight[-1] = 1.
-    return ring_of, weight
+    return bin_of, weight
+
+
+@_cached_by_size
+def _hann(height: int, width: int, device: torch.device) -> torch.Tensor:
+    """Separable Hann window with a mean square of one."""
+    rows, columns = (
+        torch.hann_window(n, periodic=True, dtype=torch.float64, device=device) if n > 1
+        else torch.ones(1, dtype=torch.float64, device=device) for n in (height, width))
+    window = rows[:, None] * columns
+    return window / window.square().mean().sqrt()

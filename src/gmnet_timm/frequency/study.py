@@ -24,7 +24,8 @@ from gmnet_timm.demo.photos import PhotoPatches, prepare_photo_patches
 from gmnet_timm.errors import UserError
 from gmnet_timm.frequency.bands import SplitOptions, evaluate_bands
 from gmnet_timm.frequency.data import create_band_loader
-from gmnet_timm.frequency.plots import Curves, plot_band_curves, require_matplotlib
+from gmnet_timm.frequency.extras import require_matplotlib, require_scipy
+from gmnet_timm.frequency.plots import Curves, plot_band_curves
 from gmnet_timm.frequency.reports import write_csv, write_json
 
 __all__ = ['SUBJECTS', 'StudySettings', 'format_summary', 'run_study', 'summarize']
@@ -47,12 +48,9 @@ SUBJECTS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
 
 # after the last epoch, the high part is also shown to the model with what it lacks: its mean, then contrast too
 _LAST_EPOCH = {
-    'high+m': SplitOptions(keep_mean=True),
-    'high+m+c': SplitOptions(keep_mean=True, restore_contrast=True),
+    'high+m': SplitOptions(keep_dc=True),
+    'high+m+c': SplitOptions(keep_dc=True, restore_contrast=True),
 }
-
-# 97.5 % quantiles of Student's t by degrees of freedom; more are treated as nine, which errs on the wide side
-_STUDENT = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 
 
 @dataclass(frozen=True)
@@ -131,8 +129,12 @@ def run_study(
 def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Mean over seeds of each model, epoch and band, with its 95 % interval by Student's t.
 
-    With one seed the interval is the point itself.
+    One seed has no interval: the columns of it are empty.
+
+    Raises:
+        MissingExtraError: scipy is not installed.
     """
+    student = require_scipy('stats').t
     columns = ('family', 'label', 'model', 'epoch', 'band', 'radius')
     groups: dict[tuple[Any, ...], list[float]] = {}
     for row in rows:
@@ -142,14 +144,14 @@ def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         n = len(values)
         mean = sum(values) / n
         variance = sum((value - mean) ** 2 for value in values) / max(1, n - 1)
-        half = _STUDENT[min(n - 1, 9)] * math.sqrt(variance / n) if n > 1 else 0.
+        half = student.ppf(.975, n - 1) * math.sqrt(variance / n) if n > 1 else None
         summary.append(dict(
             zip(columns, key, strict=True),
             seeds=n,
             top1=round(mean, 2),
-            half_interval=round(half, 2),
-            top1_low=round(max(0., mean - half), 2),
-            top1_high=round(min(100., mean + half), 2),
+            ci95_half_width='' if half is None else round(half, 2),
+            top1_low='' if half is None else round(max(0., mean - half), 2),
+            top1_high='' if half is None else round(min(100., mean + half), 2),
         ))
     return summary
 
@@ -162,7 +164,7 @@ def format_summary(summary: Sequence[dict[str, Any]]) -> str:
     lines = [f'{"top-1 %, epoch " + str(last):<28}' + ''.join(f'{band + " " + radius:>13}' for band, radius in bands)]
     for family, label in dict.fromkeys((row['family'], row['label']) for row in final):
         cells = [
-            f'{row["top1"]:.1f} ±{row["half_interval"]:.1f}'
+            f'{row["top1"]:.1f}' + ('' if row['ci95_half_width'] == '' else f' ±{row["ci95_half_width"]:.1f}')
             for band in bands for row in final
             if (row['family'], row['label'], row['band'], row['radius']) == (family, label, *band)
         ]
@@ -234,11 +236,12 @@ def _train_and_evaluate(
     rows = []
     for epoch in range(settings.epochs):
         train_epoch(model, loader, criterion, optimizer, scheduler, epoch)
-        for result in evaluate_bands(model.eval(), validation, settings.radii, progress=False):
+        for result in evaluate_bands(model.eval(), validation, settings.radii, show_progress=False):
             rows.append(dict(epoch=epoch + 1, **result.as_row()))
     for band, options in _LAST_EPOCH.items():
-        results = evaluate_bands(model, validation, settings.radii, options=options, progress=False)
-        rows += [{**result.as_row(), 'epoch': epoch + 1, 'band': band} for result in results if result.band == 'high']
+        results = evaluate_bands(model, validation, settings.radii, options=options, show_progress=False)
+        rows += [
+            {**result.as_row(), 'epoch': epoch + 1, 'band': band} for result in results if result.band.kind == 'high']
     return rows
 
 
@@ -247,5 +250,5 @@ def _curves(summary: Sequence[dict[str, Any]], family: str) -> Curves:
     for row in summary:
         if row['family'] == family:
             points = curves.setdefault(row['label'], {}).setdefault((row['band'], row['radius']), [])
-            points.append((row['epoch'], row['top1'], row['top1_low'], row['top1_high']))
+            points.append((row['epoch'], *(math.nan if row[k] == '' else row[k] for k in ('top1', 'top1_low', 'top1_high'))))
     return curves

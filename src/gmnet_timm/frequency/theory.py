@@ -16,10 +16,11 @@ Activations alone (`gate=False` in `measured_harmonics`) fall as n^-2 for relu a
 """
 import math
 from dataclasses import dataclass
-from typing import Dict, List
 
 import torch
 from timm.layers import get_act_layer
+
+from gmnet_timm.frequency.extras import require_scipy
 
 __all__ = ['ACTIVATIONS', 'Harmonics', 'closed_form_harmonics', 'compare_harmonics', 'decay_rate', 'measured_harmonics']
 
@@ -32,8 +33,8 @@ class Harmonics:
 
     activation: str
     amplitude: float  # A
-    measured: List[float]
-    closed_form: List[float]
+    measured: list[float]
+    closed_form: list[float]
     gate_decay: float  # p of n^-p for act(x) * x
     activation_decay: float  # p of n^-p for act(x) alone
 
@@ -43,7 +44,7 @@ class Harmonics:
         return max(abs(m - c) for m, c in zip(self.measured, self.closed_form, strict=True)) / max(self.closed_form)
 
 
-def compare_harmonics(amplitude: float = 12., count: int = 9) -> List[Harmonics]:
+def compare_harmonics(amplitude: float = 12., count: int = 9) -> list[Harmonics]:
     """Measure harmonics 0 to count - 1 of each activation's gate and set them against the closed form.
 
     Args:
@@ -154,23 +155,12 @@ def _clipped_coefficient(n: int, amplitude: float, limit: float) -> float:
     return (clipped + squared) * (1 if n == 0 else 2) / math.pi
 
 
-def _erf_coefficients(amplitude: float, count: int) -> Dict[int, float]:
+def _erf_coefficients(amplitude: float, count: int) -> dict[int, float]:
     """Cosine coefficients E_n, n odd, of erf(A cos(s) / sqrt 2)."""
-    bessel = _scaled_bessel(amplitude ** 2 / 4, count // 2 + 2)
+    ive = require_scipy('special').ive  # exp(-q) I_m(q)
+    bessel = ive(range(count // 2 + 2), amplitude ** 2 / 4).tolist()
     scale = amplitude * math.sqrt(2 / math.pi)
     return {
         2 * m + 1: (-1) ** m * scale * (bessel[m] + bessel[m + 1]) / (2 * m + 1)
         for m in range(count // 2 + 1)
     }
-
-
-def _scaled_bessel(q: float, count: int) -> List[float]:
-    """exp(-q) I_m(q) for m < count, by downward recurrence; they sum to one, counting all but I_0 twice."""
-    start = count + 2 * int(q) + 40
-    values = [0.] * (start + 1) + [1e-280]
-    for m in range(start + 1, 0, -1):
-        values[m - 1] = 2 * m / q * values[m] + (values[m + 1] if m < start + 1 else 0.)
-        if values[m - 1] > 1e250:
-            values = [value * 1e-280 for value in values]
-    total = values[0] + 2 * sum(values[1:])
-    return [value / total for value in values[:count]]
