@@ -30,6 +30,12 @@ def weights(offset: float = 0.) -> collections.OrderedDict:
     )
 
 
+def plain_weights(offset: float = 0.) -> dict:
+    """Those that every version of safetensors takes: contiguous, with elements, and with memory of their own."""
+    return {key: value.clone(memory_format=torch.contiguous_format)
+            for key, value in weights(offset).items() if value.numel()}
+
+
 def run_content() -> dict:
     """What train.py of timm saves, in small."""
     exp_avg = torch.full((3,), 0.5)

@@ -270,13 +270,14 @@ BOMBS = {
 }
 
 READ = """
-import json, re, resource, sys, time
+import faulthandler, json, re, resource, sys, time
 from pathlib import Path
 from gmnet_timm.checkpoint.reading import CheckpointError, read_checkpoint, read_metadata
 
 def memory(what):
     return int(re.search(what + r':\\s+(\\d+) kB', Path('/proc/self/status').read_text()).group(1)) * 1024
 
+faulthandler.dump_traceback_later(120, exit=True)
 read_checkpoint(sys.argv[1])
 results = {}
 for path in sorted(Path(sys.argv[2]).iterdir()):

@@ -61,7 +61,7 @@ def save_folder(
         name = (repo_id or folder.resolve().name).split('/')[-1]
         card = str(model_card(publication, name, model_id, license=license, train_datasets=train_datasets))
     with replacing_folder(folder, force=force) as temporary:
-        keep_card = not overwrite_card and (temporary / CARD_NAME).exists()
+        keep_card = not overwrite_card and (folder / CARD_NAME).exists()
         _write_files(publication, temporary, None if keep_card else card, license)
         proof = prove_folder(publication.source, temporary, stated_preprocessing)
     return SavedFolder(folder, proof)
