@@ -285,7 +285,8 @@ def kept_mb(loss: Forward, net: nn.Module, batch_size: int) -> float:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         value = loss()  # whose graph keeps what was packed, so that no address comes twice
-    shapes = {t.shape for t in (*net.parameters(), *net.buffers())}
+    own = [*net.parameters(), *net.buffers()]
+    shapes = {t.shape for t in own} | {t.shape[::-1] for t in own}  # linear layers keep their weight transposed
     size = sum(t.untyped_storage().nbytes() for t in kept.values() if t.shape not in shapes)
     del value
     return size / batch_size / 2 ** 20

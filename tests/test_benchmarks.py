@@ -197,6 +197,17 @@ def test_memory():
     assert half.kept_mb < 0.75 * full.kept_mb
 
 
+def test_weights_are_not_counted_as_kept():
+    net, x = nn.Linear(100, 300), torch.randn(16, 100)
+    assert measuring.kept_mb(lambda: net(x).square().sum(), net, 16) == 4 * (100 + 300) / 2 ** 20
+
+    def loss():
+        with torch.autocast('cpu', torch.bfloat16):
+            return net(x).square().sum()
+
+    assert measuring.kept_mb(loss, net, 16) <= 4 * (100 + 300) / 2 ** 20
+
+
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='needs /proc')
 def test_counting_memory_keeps_none():
     net, x = nn.Sequential(*(nn.Sequential(nn.Linear(512, 512), nn.Sigmoid()) for _ in range(8))), torch.randn(512, 512)
