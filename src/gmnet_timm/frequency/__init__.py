@@ -1,6 +1,6 @@
 """How well models work on only the low or only the high frequencies of images, and what their layers do with them."""
 from gmnet_timm.frequency.bands import Band, BandAccuracy, SplitOptions, band_images, evaluate_bands, list_bands
-from gmnet_timm.frequency.spectra import LayerSpectrum, find_gates, layer_spectra
+from gmnet_timm.frequency.spectra import GateStatistics, LayerSpectrum, Signal, find_blocks, find_gates, layer_spectra
 from gmnet_timm.frequency.split import (
     frequency_bands,
     modes_per_bin,
@@ -10,7 +10,7 @@ from gmnet_timm.frequency.split import (
 )
 
 __all__ = [
-    'Band', 'BandAccuracy', 'LayerSpectrum', 'SplitOptions', 'band_images', 'evaluate_bands', 'find_gates',
-    'frequency_bands', 'layer_spectra', 'list_bands', 'modes_per_bin', 'num_radial_bins', 'radial_power_spectrum',
+    'Band', 'BandAccuracy', 'GateStatistics', 'LayerSpectrum', 'Signal', 'SplitOptions', 'band_images', 'evaluate_bands',
+    'find_blocks', 'find_gates', 'frequency_bands', 'layer_spectra', 'list_bands', 'modes_per_bin', 'num_radial_bins', 'radial_power_spectrum',
     'split_frequencies',
 ]
