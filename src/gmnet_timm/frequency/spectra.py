@@ -239,7 +239,7 @@ def layer_spectra(
     chosen_gates = [] if gates is None and modules is not None else _match(gates or ['*'], list(products), 'gate', not gates)
     if modules is None and gates is None and not chosen_gates:
         modules = find_blocks(found)
-    layouts = _module_layouts(model, found, modules or [], layout, images)
+    layouts = module_layouts(model, found, modules or [], layout, images)
     gate_layouts = _gate_layouts({name: products[name] for name in chosen_gates})
     if not layouts and not gate_layouts:
         raise UserError('The model has no gates and no blocks that hold maps. Name the modules to look at.')
@@ -292,13 +292,14 @@ def _match(patterns: Sequence[str], names: list[str], what: str, may_be_none: bo
     return [name for name in names if name in chosen]
 
 
-def _module_layouts(
+def module_layouts(
         model: nn.Module,
         found: Trace,
         patterns: Sequence[str],
         layout: str | None,
         images: torch.Tensor,
 ) -> dict[tuple[str, str], Layout]:
+    """Layouts of what enters and leaves the modules that match, by name and 'input' or 'output'."""
     existing = [name for name, _ in model.named_modules()]
     called = list(dict.fromkeys(name for name, _ in found.modules))
     for pattern in patterns:
