@@ -24,7 +24,7 @@ from gmnet_timm.demo.photos import PhotoPatches, prepare_photo_patches
 from gmnet_timm.errors import UserError
 from gmnet_timm.frequency.bands import SplitOptions, evaluate_bands
 from gmnet_timm.frequency.data import create_band_loader
-from gmnet_timm.frequency.plots import Curves, plot_band_curves
+from gmnet_timm.frequency.plots import Curves, draw_band_curves, save_figure
 from gmnet_timm.frequency.extras import require_matplotlib, require_scipy
 from gmnet_timm.frequency.reports import write_csv, write_json
 
@@ -117,12 +117,10 @@ def run_study(
     summary = summarize(rows)
     write_csv(summary, output / 'summary.csv')
     for family in families:
-        plot_band_curves(
-            _curves(summary, family),
-            output / f'{family}.png',
-            f'{family} on patches of photographs',
-            f'mean of {len(seeds)} seeds and its 95 % interval',
-        )
+        seeds_text = f'mean of {len(seeds)} seeds and its 95 % interval' if len(seeds) > 1 else 'one seed'
+        figure = draw_band_curves(
+            _curves(summary, family), f'{family} on patches of photographs, {seeds_text}', 100 / len(data.classes))
+        save_figure(figure, output / f'{family}.png')
     return summary
 
 
@@ -250,5 +248,6 @@ def _curves(summary: Sequence[dict[str, Any]], family: str) -> Curves:
     for row in summary:
         if row['family'] == family:
             points = curves.setdefault(row['label'], {}).setdefault((row['band'], row['radius']), [])
-            points.append((row['epoch'], *(math.nan if row[k] == '' else row[k] for k in ('top1', 'top1_low', 'top1_high'))))
+            values = (math.nan if row[key] == '' else row[key] for key in ('top1', 'top1_low', 'top1_high'))
+            points.append((row['epoch'], *values))
     return curves
