@@ -21,7 +21,15 @@ from timm.utils import CheckpointSaver, accuracy
 
 from gmnet_timm.cli.main import main
 from gmnet_timm.errors import UserError
-from gmnet_timm.frequency.bands import Band, BandAccuracy, SplitOptions, band_images, evaluate_bands, list_bands, wilson_interval
+from gmnet_timm.frequency.bands import (
+    Band,
+    BandAccuracy,
+    SplitOptions,
+    band_images,
+    evaluate_bands,
+    list_bands,
+    wilson_interval,
+)
 from gmnet_timm.frequency.data import create_band_loader
 from gmnet_timm.frequency.reports import write_csv
 

@@ -24,8 +24,13 @@ def _fields(count, size, scale, seed=0):
 
 
 FUNCTIONS = {
-    'identity': (lambda x: x, .239), 'relu': (F.relu, .324), 'gelu': (F.gelu, .329), 'relu gate': (lambda x: F.relu(x) * x, .396),
-    'relu6 gate': (lambda x: F.relu6(x) * x, .396), 'gelu gate': (lambda x: F.gelu(x) * x, .414), 'square': (lambda x: x * x, .551),
+    'identity': (lambda x: x, .239),
+    'relu': (F.relu, .324),
+    'gelu': (F.gelu, .329),
+    'relu gate': (lambda x: F.relu(x) * x, .396),
+    'relu6 gate': (lambda x: F.relu6(x) * x, .396),
+    'gelu gate': (lambda x: F.gelu(x) * x, .414),
+    'square': (lambda x: x * x, .551),
 }
 
 

@@ -126,7 +126,7 @@ class Product(nn.Module):
 def test_clipped_shares():
     images = torch.linspace(-3, 9, 32 * 32).view(1, 1, 32, 32)
     statistics = _statistics(lambda x: F.relu6(x) * x, images).statistics
-    assert statistics.clipped_low == pytest.approx(.25, abs=.01) and statistics.clipped_high == pytest.approx(.25, abs=.01)
+    assert (statistics.clipped_low, statistics.clipped_high) == pytest.approx((.25, .25), abs=.01)
     statistics = _statistics(lambda x: F.gelu(x) * x, images).statistics
     assert statistics.clipped_low == statistics.clipped_high == 0
     statistics = _statistics(lambda x: torch.sigmoid(40 * x) * x, images).statistics
@@ -166,7 +166,8 @@ def test_activation_as_a_gate():
 
 def test_gates_by_pattern():
     model = _tiny_gmnet()
-    assert [layer.name for layer in layer_spectra(model, _batches(1), gates=['stages.2.*'])] == ['stages.2.1', 'stages.2.2']
+    layers = layer_spectra(model, _batches(1), gates=['stages.2.*'])
+    assert [layer.name for layer in layers] == ['stages.2.1', 'stages.2.2']
     with pytest.raises(UserError, match=r'no gate stages.9.* There are stages.0.1'):
         layer_spectra(model, _batches(1), gates=['stages.9.*'])
 

@@ -51,8 +51,8 @@ def _size(name):
     pytest.param(name, marks=[] if name in ('gmnet_s1', 'mobilenetv3_small_100') else pytest.mark.slow)
     for name in COUNTS])
 def test_counts_of_known_models(name):
-    kinds = list(find_gates(
-        timm.create_model(name).eval(), torch.zeros(1, 3, _size(name), _size(name)), kinds=('gate', 'attention')).values())
+    images = torch.zeros(1, 3, _size(name), _size(name))
+    kinds = list(find_gates(timm.create_model(name).eval(), images, kinds=('gate', 'attention')).values())
     assert (kinds.count('gate'), kinds.count('attention')) == COUNTS[name]
 
 
@@ -155,11 +155,16 @@ class Call(nn.Module):
 
 
 IMAGES = torch.randn(2, 6, 8, 6)
-TOKENS = (lambda x: x.flatten(2).mT)
+
+
+def _tokens(x):
+    return x.flatten(2).mT
+
+
 LAYOUTS = {
     'NCHW': lambda x: x * 2,
     'NHWC': lambda x: F.layer_norm(x.permute(0, 2, 3, 1), (6,)),
-    'NLC': lambda x: TOKENS(x) + 1,
+    'NLC': lambda x: _tokens(x) + 1,
     'NCL': lambda x: x.flatten(2),
 }
 
@@ -179,12 +184,12 @@ def _windows(x, size=2):
 @pytest.mark.parametrize('arranged', [
     lambda x: x.permute(0, 2, 3, 1),
     lambda x: x.flatten(2),
-    lambda x: TOKENS(x),
-    lambda x: torch.cat([torch.zeros(2, 3, 6), TOKENS(x)], 1),  # class and register tokens
-    lambda x: torch.cat([TOKENS(x), torch.zeros(2, 1, 6)], 1),
+    lambda x: _tokens(x),
+    lambda x: torch.cat([torch.zeros(2, 3, 6), _tokens(x)], 1),  # class and register tokens
+    lambda x: torch.cat([_tokens(x), torch.zeros(2, 1, 6)], 1),
     lambda x: _windows(x),
     lambda x: _windows(x.roll((1, 1), (2, 3))),
-    lambda x: TOKENS(x)[:, torch.randperm(48, generator=torch.Generator().manual_seed(0))],
+    lambda x: _tokens(x)[:, torch.randperm(48, generator=torch.Generator().manual_seed(0))],
     lambda x: x.permute(0, 3, 1, 2),
 ], ids=['NHWC', 'NCL', 'NLC', 'prefix', 'suffix', 'windows', 'shifted windows', 'shuffled', 'NWCH'])
 def test_maps_are_put_back(arranged):
@@ -199,7 +204,7 @@ def test_maps_are_put_back(arranged):
 @pytest.mark.parametrize('function', [
     lambda x: x.mean((2, 3)),
     lambda x: nn.PixelUnshuffle(2)(x),  # neighbouring channels stand for different pixels
-    lambda x: TOKENS(x).mT @ torch.randn(48, 48),  # mixes tokens: its output has no order that could be known
+    lambda x: _tokens(x).mT @ torch.randn(48, 48),  # mixes tokens: its output has no order that could be known
     lambda x: x.sort(2).values,
     lambda x: x.flatten(1),
     lambda x: torch.fft.fft2(x).real,
@@ -212,12 +217,12 @@ def test_what_holds_no_maps(function):
 def test_attention_hands_on_the_positions_of_its_queries():
     class Attention(nn.Module):
         def forward(self, x):
-            tokens = TOKENS(x)
+            tokens = _tokens(x)
             return (tokens @ tokens.mT).softmax(-1) @ tokens
 
     assert _layout(Attention(), IMAGES).name == 'NLC'
     mha = nn.MultiheadAttention(6, 2, batch_first=True)
-    assert _layout(Call(lambda x: mha(TOKENS(x), TOKENS(x), TOKENS(x))[0]), IMAGES).size == (8, 6)
+    assert _layout(Call(lambda x: mha(_tokens(x), _tokens(x), _tokens(x))[0]), IMAGES).size == (8, 6)
 
 
 def test_layers_that_change_resolution():

@@ -171,7 +171,7 @@ def _add_layers(commands) -> None:
 
 
 def _run_layers(args: argparse.Namespace) -> None:
-    """Write and draw radial power spectra of the operands and products of gates, or of what enters and leaves modules."""
+    """Write and draw radial power spectra of operands and products of gates, or of inputs and outputs of modules."""
     from gmnet_timm.frequency.plots import draw_layers
     from gmnet_timm.frequency.reports import write_csv
     from gmnet_timm.frequency.spectra import layer_spectra
@@ -254,7 +254,7 @@ def _add_heatmap(commands) -> None:
     _add_data(parser)
     parser.add_argument(
         '--amplitudes', type=float, nargs='+', default=[.07], metavar='RMS',
-        help='root mean square of the perturbation in pixel values from 0 to 1 (default: 0.07, the norm 15.7 at 224x224)')
+        help='root mean square of the perturbation, pixels being 0 to 1 (default: 0.07, the norm 15.7 at 224x224)')
     parser.add_argument(
         '--step', type=int, default=8, help='distance of the frequencies in cycles per image (default: %(default)s)')
     parser.add_argument('--largest', type=int, metavar='R', help='largest frequency in each direction (default: all)')
@@ -305,7 +305,7 @@ def _add_sensitivity(commands) -> None:
     _add_model(parser, 'models', nargs='+')
     _add_data(parser)
     parser.add_argument(
-        '--target', choices=['loss', 'logit'], default='loss', help='whose gradient: cross-entropy, or logit of the label')
+        '--target', choices=['loss', 'logit'], default='loss', help='gradient of the cross-entropy, or of the logit')
     parser.add_argument('--window', choices=['hann'], help='taper gradients to the border')
     _add_machine(parser, num_images=64)
     _add_figures(parser)

@@ -119,7 +119,8 @@ def report_rows(report: dict[str, Any], **first: Any) -> list[dict[str, Any]]:
     """
     return [
         {
-            **first, 'model': report['name'], **result, 'num_classes': report['num_classes'], 'skipped': report['skipped'], 'ignored': report['ignored'],
+            **first, 'model': report['name'], **result,
+            **{key: report[key] for key in ('num_classes', 'skipped', 'ignored')},
             **_settings_columns(report),
         }
         for result in report['results']

@@ -2,8 +2,8 @@
 
 Let z be a stationary Gaussian field of unit variance with autocorrelation rho, and y = f(m + s z). With the normalised
 Hermite polynomials h_k (orthonormal under the normal density) and a_k = E[f(m + s Z) h_k(Z)], the mean product of y at
-two positions is R = sum over k of a_k^2 rho^k (Mehler's formula), and the power spectrum of y, aliasing included, is the
-DFT of R on the grid.
+two positions is R = sum over k of a_k^2 rho^k (Mehler's formula), and the power spectrum of y, aliasing included, is
+the DFT of R on the grid.
 """
 import math
 from collections.abc import Callable

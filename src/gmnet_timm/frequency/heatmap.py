@@ -1,4 +1,4 @@
-"""Error of a classifier by direction and frequency of a Fourier basis perturbation (Yin et al. 2019, arXiv 1906.08988)."""
+"""Error of a classifier under Fourier basis perturbations, by direction and frequency (Yin et al. 2019, 1906.08988)."""
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,7 +47,7 @@ class HeatmapPoint:
 
 
 def fourier_basis(height: int, width: int, v: int, u: int) -> torch.Tensor:
-    """The real basis image of one frequency (H, W), with a mean square of one: its DFT is zero but at (v, u), (-v, -u)."""
+    """The real image of one frequency (H, W), with a mean square of one: its DFT is zero but at (v, u), (-v, -u)."""
     spectrum = torch.zeros(height, width, dtype=torch.complex64)
     spectrum[v % height, u % width] += 1 + 1j
     spectrum[-v % height, -u % width] += 1 - 1j
@@ -119,7 +119,7 @@ def fourier_heatmap(
     for v, u in progress(frequencies, f'heat map, amplitude {amplitude:g}', 'frequency', show=show_progress):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + (v + 100_000) * 200_003 + u)
         signs = torch.randint(0, 2, (*images.shape[:2], 1, 1), generator=generator) * 2. - 1
-        noise = amplitude * fourier_basis(*images.shape[-2:], v, u) / scale
+        noise = amplitude * fourier_basis(images.shape[-2], images.shape[-1], v, u) / scale
         wrong = 0
         for start in range(0, len(images), batch_size):
             part = slice(start, start + batch_size)

@@ -46,19 +46,21 @@ def run_heatmap(
         raise UserError('There is no image to evaluate.')
     images, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
     config = model.data_config
-    frequencies = directions(*images.shape[-2:], step=step, largest=largest)
+    frequencies = directions(images.shape[-2], images.shape[-1], step, largest)
     rows: list[dict[str, Any]] = list(read_csv(path)) if path.is_file() else []
     key = dict(
         model=str(model.provenance.get('model', model.name)), weights_sha256=model.provenance.get('weights_sha256', ''),
-        data=data, seed=str(seed), input_size='x'.join(map(str, config['input_size'])), crop_pct=str(config['crop_pct']),
+        data=data, seed=str(seed), input_size='x'.join(map(str, config['input_size'])),
+        crop_pct=str(config['crop_pct']),
         interpolation=config['interpolation'], mean=' '.join(map(str, config['mean'])),
         std=' '.join(map(str, config['std'])), count=str(len(images)))
     found: dict[float, list[HeatmapPoint]] = {}
+    same = [row for row in rows if key.items() <= row.items()]
     for amplitude in amplitudes:
         known = {
             (int(row['v']), int(row['u'])): HeatmapPoint(
                 int(row['v']), int(row['u']), amplitude, int(row['wrong']), int(row['count']))
-            for row in rows if float(row['amplitude']) == amplitude and key.items() <= {k: str(v) for k, v in row.items()}.items()
+            for row in same if float(row['amplitude']) == amplitude
         }
 
         def write(point: HeatmapPoint) -> None:

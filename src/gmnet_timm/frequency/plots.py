@@ -1,8 +1,8 @@
 """Figures of the frequency view.
 
 A function `plot_…` draws into one Axes, its own or a given one, and returns it, for notebooks and figures of papers. A
-function `draw_…` arranges them in a Figure, which `save_figure` writes as PNG, PDF or SVG. Dashes and markers tell lines
-apart, so that they can be read without colour.
+function `draw_…` arranges them in a Figure, which `save_figure` writes as PNG, PDF or SVG. Dashes and markers tell
+lines apart, so that they can be read without colour.
 """
 import math
 from collections.abc import Mapping, Sequence
@@ -157,7 +157,12 @@ def plot_heatmap(points: Sequence[HeatmapPoint], ax: Any = None, *, vmax: float 
     return ax
 
 
-def plot_radial_error(models: Mapping[str, Sequence[HeatmapPoint]], ax: Any = None, *, chance: float | None = None) -> Any:
+def plot_radial_error(
+        models: Mapping[str, Sequence[HeatmapPoint]],
+        ax: Any = None,
+        *,
+        chance: float | None = None,
+) -> Any:
     """Draw the mean error by rounded radius, one line per label; `chance` is the error at chance in percent."""
     ax = _own(ax)
     for i, (label, points) in enumerate(models.items()):
@@ -174,7 +179,7 @@ def plot_radial_error(models: Mapping[str, Sequence[HeatmapPoint]], ax: Any = No
 
 
 def plot_sensitivity(models: Mapping[str, Sensitivity], ax: Any = None) -> Any:
-    """Draw the power per frequency of input gradients relative to their energy without the mean, with 95 % intervals."""
+    """Draw each frequency's share of the energy of input gradients without their mean, with 95 % intervals."""
     ax = _own(ax)
     for i, (label, found) in enumerate(models.items()):
         style = _LINES[i % len(_LINES)]
@@ -214,7 +219,7 @@ def draw_band_curves(curves: Curves, title: str = '', chance: float | None = Non
 
 
 def draw_band_accuracy(curves: Curves, title: str = '', chance: float | None = None) -> Any:
-    """Accuracies against the radius: a panel per kind of band, a line per model, and each model's accuracy on raw images.
+    """Accuracies against the radius: a panel per kind of band, a line per model, and its accuracy on raw images.
 
     Args:
         curves: Points (radius, percent, lower bound, upper bound) by label and (band, ''); of ('raw', '') the first one
@@ -377,7 +382,7 @@ def _log_line(ax: Any, values: torch.Tensor, **style: Any) -> None:
 
 
 def _displayable(pixels: torch.Tensor, band: str) -> tuple[Any, str]:
-    """Pixels as matplotlib takes them. High-pass images vary around their mean: drawn around mid-grey, and stretched."""
+    """Pixels as matplotlib takes them. High-pass images have no mean: they are drawn around mid-grey, and stretched."""
     pixels = pixels.detach().float().cpu()
     note = ''
     if band == 'high':

@@ -65,8 +65,8 @@ class GateStatistics:
         clipped_low: Share of gate values that equal the smallest one of their batch, as values clipped at 0 do.
         clipped_high: Share that equals the largest one, as values clipped at 6 or saturated at 1 do.
         gain: Energy of the product over energy of the value operand, both without the mean.
-        aliased: Share of the product's energy without the mean that lies beyond the frequencies of the map, and so folds
-            back, measured by the same product on a grid that is twice as fine, for the first images.
+        aliased: Share of the product's energy without the mean that lies beyond the frequencies of the map, and so
+            folds back, measured by the same product on a grid that is twice as fine, for the first images.
         predicted: Power of each radial bin by theory, (bins,), None where there is none.
         theory: 'gaussian' for a function of one input that is taken as Gaussian, 'independent' for two operands that
             are taken as independent.
@@ -114,8 +114,8 @@ class LayerSpectrum:
         """Power after over power before, by radial bin; None where the size changes or one of them is missing.
 
         Returns:
-            Geometric mean over images, and the bounds of its 95 % interval (normal, of the logarithm), each (bins,). The
-            bounds are NaN for one image, all three are NaN for bins that are empty in some image.
+            Geometric mean over images, and the bounds of its 95 % interval (normal, of the logarithm), each (bins,).
+            The bounds are NaN for one image, all three are NaN for bins that are empty in some image.
         """
         if self.before is None or self.after is None or self.before.size != self.after.size:
             return None
@@ -151,7 +151,8 @@ class LayerSpectrum:
             row[f'{name}_size'] = '' if signal is None else f'{signal.size[0]}x{signal.size[1]}'
             row[f'{name}_high_low'] = '' if signal is None else signal.high_low_ratio
         statistics = self.statistics
-        for name in ('pre_gate_std', 'gate_std', 'value_std', 'clipped_low', 'clipped_high', 'gain', 'aliased', 'theory'):
+        for name in (
+                'pre_gate_std', 'gate_std', 'value_std', 'clipped_low', 'clipped_high', 'gain', 'aliased', 'theory'):
             row[name] = '' if statistics is None else getattr(statistics, name)
         row['predicted_high_low'] = ''
         if statistics is not None and statistics.predicted is not None:
@@ -169,8 +170,8 @@ def find_gates(
 
     Args:
         model: Any model that takes images.
-        images: One or two images (B, C, H, W). If they are so small that maps shrink to one pixel, channel weights there
-            count as gates.
+        images: One or two images (B, C, H, W). If they are so small that maps shrink to one pixel, channel weights
+            there count as gates.
         kinds: 'gate' (an entry per position and channel in both operands), 'attention' (one operand is broadcast, as in
             squeeze-and-excitation), 'activation' (x * (f(x) / x)).
 
@@ -236,7 +237,9 @@ def layer_spectra(
     images = first[0][:2].to(device)
     found = trace(model, images, activations='activation' in kinds)
     products = {name: entry for name, entry in found.products.items() if entry[0] in kinds}
-    chosen_gates = [] if gates is None and modules is not None else _match(gates or ['*'], list(products), 'gate', not gates)
+    chosen_gates: list[str] = []
+    if gates is not None or modules is None:
+        chosen_gates = _match(gates or ['*'], list(products), 'gate', may_be_none=not gates)
     if modules is None and gates is None and not chosen_gates:
         modules = find_blocks(found)
     layouts = module_layouts(model, found, modules or [], layout, images)
@@ -361,7 +364,7 @@ class _Moments:
     def add(self, x: torch.Tensor) -> None:
         self.count += x.numel()
         self.total += x.sum(dtype=torch.float64).item()
-        self.square += x.double().square().sum().item() if x.numel() < 1024 else x.square().sum(dtype=torch.float64).item()
+        self.square += x.square().sum(dtype=torch.float64).item()
 
     @property
     def std(self) -> float:
@@ -391,7 +394,8 @@ class _Gate:
         lowest, highest = product.gate.aminmax()
         low, high = ((product.gate == end).sum().item() for end in (lowest, highest))
         both = lowest == highest
-        self.clipped = [a + b for a, b in zip(self.clipped, (low, 0 if both else high, product.gate.numel()))]
+        for i, number in enumerate((low, 0 if both else high, product.gate.numel())):
+            self.clipped[i] += int(number)
         for name, x in (('pre', pre), ('gate', product.gate), ('value', product.value)):
             self.moments[name].add(x)
         maps = {}
@@ -480,4 +484,5 @@ def _interpolated(x: torch.Tensor) -> torch.Tensor:
     spectrum = torch.fft.fftshift(torch.fft.fft2(x, norm='forward'), dim=(-2, -1))
     pad = (width - width // 2, width // 2, height - height // 2, height // 2)
     spectrum = torch.fft.ifftshift(nn.functional.pad(spectrum, pad), dim=(-2, -1))
-    return torch.fft.ifft2(spectrum, norm='forward').real  # the real part shares the Nyquist frequency between both signs
+    # the real part shares the Nyquist frequency between both signs
+    return torch.fft.ifft2(spectrum, norm='forward').real

@@ -24,8 +24,8 @@ from gmnet_timm.demo.photos import PhotoPatches, prepare_photo_patches
 from gmnet_timm.errors import UserError
 from gmnet_timm.frequency.bands import SplitOptions, evaluate_bands
 from gmnet_timm.frequency.data import create_band_loader
-from gmnet_timm.frequency.plots import Curves, draw_band_curves, save_figure
 from gmnet_timm.frequency.extras import require_matplotlib, require_scipy
+from gmnet_timm.frequency.plots import draw_band_curves, save_figure
 from gmnet_timm.frequency.reports import write_csv, write_json
 
 __all__ = ['SUBJECTS', 'StudySettings', 'format_summary', 'run_study', 'summarize']
@@ -243,8 +243,8 @@ def _train_and_evaluate(
     return rows
 
 
-def _curves(summary: Sequence[dict[str, Any]], family: str) -> Curves:
-    curves: Curves = {}
+def _curves(summary: Sequence[dict[str, Any]], family: str) -> Any:
+    curves: dict[str, dict[tuple[str, str], list[tuple[float, ...]]]] = {}
     for row in summary:
         if row['family'] == family:
             points = curves.setdefault(row['label'], {}).setdefault((row['band'], row['radius']), [])

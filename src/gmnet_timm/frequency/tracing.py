@@ -33,7 +33,8 @@ _MOVES = {
     'repeat', 'narrow', 'index_select', 'index', 'pixel_shuffle', 'pixel_unshuffle', 'channel_shuffle', 'movedim',
     'flatten', 'unflatten', 'rot90', 'diagonal', 'reflection_pad2d', 'replication_pad2d',
 }
-_MATMULS = {'mm': 0, 'bmm': 0, 'matmul': 0, 'linear': 0, 'addmm': 1, 'baddbmm': 1, '_addmm_activation': 1}  # first factor
+# by which argument is the first factor
+_MATMULS = {'mm': 0, 'bmm': 0, 'matmul': 0, 'linear': 0, 'addmm': 1, 'baddbmm': 1, '_addmm_activation': 1}
 _SPATIAL = re.compile(r'conv(olution|\d)|pool\dd|pool$|upsample')
 _LOSES_POSITIONS = re.compile(r'fft|sort|topk|gather|scatter|index_put|as_strided|cumsum')
 _ACTIVATIONS = re.compile(
@@ -126,7 +127,7 @@ def trace(model: nn.Module, images: torch.Tensor, *, activations: bool = False) 
         UserError: The model is a TorchScript module, which does not tell what it runs.
     """
     if isinstance(model, torch.jit.ScriptModule):
-        raise UserError('TorchScript does not tell which module runs: look at the model before scripting or tracing it.')
+        raise UserError('TorchScript does not tell which module runs: look at the model before scripting it.')
     if len(images) == 1:  # two images tell the axis of the batch
         images = images.expand(2, *images.shape[1:]).clone()
     found = Trace({}, {}, {})
@@ -350,9 +351,9 @@ class Recorder(TorchDispatchMode):
         """A part of a tensor was written to, as by circular padding or `x[:, 1:] = y`."""
         positions = None
         if self.follow and whole.is_contiguous():
-            positions = self._of(whole, fill=True).clone(memory_format=torch.contiguous_format)
+            positions = self._filled(whole).clone(memory_format=torch.contiguous_format)
             offset = part.storage_offset() - whole.storage_offset()
-            positions.as_strided(part.shape, part.stride(), offset).copy_(self._of(part, fill=True))
+            positions.as_strided(part.shape, part.stride(), offset).copy_(self._filled(part))
         self.notes[whole] = _Note(positions)
 
     def _name(self) -> str:
@@ -363,7 +364,7 @@ class Recorder(TorchDispatchMode):
     def _note_uses(self, name: str, notes: list[_Note]) -> None:
         for note in notes:
             if note.product is not None:
-                if name in _REDUCTIONS:
+                if name in _REDUCTIONS and self.reduced is not None:
                     self.reduced[note.product] = name
                 note.product = None  # only the first use counts
 
@@ -383,18 +384,18 @@ class Recorder(TorchDispatchMode):
         if _LOSES_POSITIONS.search(name):
             return []
         if name in ('cat', 'stack'):
-            moved = func([self._of(x, fill=True) for x in args[0]], *args[1:], **kwargs)
-            return [moved]
+            return [func([self._filled(x) for x in args[0]], *args[1:], **kwargs)]
         if name == 'constant_pad_nd':
             positions = self._of(args[0])
             return [] if positions is None else [F.pad(positions, args[1], value=math.nan)]
         if name in _MOVES:
-            if self._of(args[0]) is None:
+            start = self._of(args[0])
+            if start is None:
                 return []
             if 'view' in name or 'reshape' in name:  # positions have other strides than the tensor
-                return [self._of(args[0]).reshape(x.shape) for x in outputs]
+                return [start.reshape(x.shape) for x in outputs]
             rest = tree_map(lambda x: self._of(x) if isinstance(x, torch.Tensor) and x in self.notes else x, args[1:])
-            return [x for x in tree_leaves(func(self._of(args[0]), *rest, **kwargs)) if isinstance(x, torch.Tensor)]
+            return [x for x in tree_leaves(func(start, *rest, **kwargs)) if isinstance(x, torch.Tensor)]
         if name in _MATMULS:
             a, b = args[_MATMULS[name]:][:2]
             a, b = self._of(a), self._of(b)
@@ -408,11 +409,15 @@ class Recorder(TorchDispatchMode):
         known = [p for p in map(self._of, tree_leaves((args, kwargs))) if p is not None]
         return [_same_shape(known, x.shape) for x in outputs]
 
-    def _of(self, x: Any, fill: bool = False) -> torch.Tensor | None:
+    def _of(self, x: Any) -> torch.Tensor | None:
         note = self.notes.get(x) if isinstance(x, torch.Tensor) else None
-        if note is not None and note.positions is not None:
-            return note.positions
-        return torch.full(x.shape, _UNKNOWN, dtype=torch.complex64, device=x.device) if fill else None
+        return None if note is None else note.positions
+
+    def _filled(self, x: torch.Tensor) -> torch.Tensor:
+        positions = self._of(x)
+        if positions is not None:
+            return positions
+        return torch.full(x.shape, _UNKNOWN, dtype=torch.complex64, device=x.device)
 
 
 def find_layout(positions: torch.Tensor, batch: int) -> Layout | None:
@@ -446,14 +451,14 @@ def find_layout(positions: torch.Tensor, batch: int) -> Layout | None:
     positions_at = tuple(i + 1 if per_image > 1 else i + shift for i in axes)
     name = 'other'
     if per_image == 1 and positions.dim() == 4 and len(axes) == 2 and identity:
-        name = {(2, 3): 'NCHW', (1, 2): 'NHWC'}.get(positions_at, 'other')
+        name = {(2, 3): 'NCHW', (1, 2): 'NHWC'}.get((positions_at[0], positions_at[1]), 'other')
     elif per_image == 1 and positions.dim() == 3 and len(axes) == 1:
-        name = {(1,): 'NLC', (2,): 'NCL'}[positions_at]
+        name = 'NLC' if positions_at == (1,) else 'NCL'
     return Layout(name, positions_at, None if identity else order.cpu(), (height, width), per_image)
 
 
 def _ranks(values: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Rank of each value among the different ones, which are at least a twentieth of a pixel apart, and their number."""
+    """Rank of each value among the different ones, at least a twentieth of a pixel apart, and how many there are."""
     ordered, index = values.sort()
     steps = torch.zeros_like(ordered, dtype=torch.long)
     steps[1:] = (ordered[1:] - ordered[:-1] > .05).cumsum(0)
@@ -487,14 +492,14 @@ def _resized(positions: torch.Tensor | None, shape: torch.Size, reach: float) ->
     positions = _centre(positions, 1, reach)
     if positions is None:
         return None
-    parts = [_spaced(part, shape[2:]) for part in (positions[:, 0].real, positions[:, 0].imag)]
-    if parts[0] is None or parts[1] is None:
+    rows, columns = (_spaced(part, shape[2:]) for part in (positions[:, 0].real, positions[:, 0].imag))
+    if rows is None or columns is None:
         return None
-    return torch.complex(*parts)[:, None].expand(shape)
+    return torch.complex(rows, columns)[:, None].expand(shape)
 
 
 def _spaced(x: torch.Tensor, size: torch.Size) -> torch.Tensor | None:
-    """Rows or columns (B, ...) of a grid at another size: equally spaced, as padding repeats or mirrors some of them."""
+    """Rows or columns (B, ...) of a grid at another size, equally spaced: padding repeats or mirrors some of them."""
     varying = [axis for axis in range(1, x.dim()) if (x.amin(axis) != x.amax(axis)).any()]
     if len(varying) > 1:
         return None
