@@ -19,7 +19,8 @@ from gmnet_timm.frequency.data import create_band_loader
 from gmnet_timm.frequency.evaluation import EvalSettings, _with_data_of
 
 CONFIG = dict(
-    input_size=(3, 32, 32), mean=(0., 0., 0.), std=(1., 1., 1.), interpolation='bilinear', crop_pct=1., crop_mode='center')
+    input_size=(3, 32, 32), mean=(0., 0., 0.), std=(1., 1., 1.), interpolation='bilinear', crop_pct=1.,
+    crop_mode='center')
 
 
 @pytest.fixture(scope='module')

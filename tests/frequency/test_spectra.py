@@ -11,8 +11,7 @@ from torch import nn
 
 from gmnet_timm.cli.main import main
 from gmnet_timm.errors import UserError
-from gmnet_timm.frequency import radial_power_spectrum
-from gmnet_timm.frequency.spectra import layer_spectra
+from gmnet_timm.frequency import LayerSpectrum, Signal, layer_spectra, radial_power_spectrum
 
 
 def _tiny_gmnet(**kwargs):
@@ -20,67 +19,224 @@ def _tiny_gmnet(**kwargs):
     return timm.create_model('gmnet_s1', base_dim=8, depths=(1, 1, 2, 1), num_classes=3, **kwargs).eval()
 
 
-def _batches(*sizes, side=64):
-    return [(torch.randn(n, 3, side, side), torch.zeros(n, dtype=torch.long)) for n in sizes]
+def _batches(*sizes, side=64, channels=3):
+    return [(torch.randn(n, channels, side, side), torch.zeros(n, dtype=torch.long)) for n in sizes]
 
 
 def _hooks(model):
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-def test_spectra_are_those_of_the_gates_input_and_output():
-    model = _tiny_gmnet()
-    batches = _batches(3, 2)
+def _numpy_spectrum(maps):
+    """Mean over channels of the whole FFT's power by rounded radius, (B, bins)."""
+    height, width = maps.shape[-2:]
+    power = (np.abs(np.fft.fft2(maps.detach().double().numpy()) / (height * width)) ** 2).mean(1)
+    radius = np.hypot(*np.meshgrid(*(np.fft.fftfreq(n) * n for n in (height, width)), indexing='ij'))
+    index = np.floor(radius + .5).astype(int).ravel()
+    return torch.from_numpy(np.stack([np.bincount(index, p.ravel()) for p in power]))
+
+
+def _assert_power(signal, maps):
+    assert signal.size == tuple(maps.shape[-2:])
+    torch.testing.assert_close(signal.power, _numpy_spectrum(maps), rtol=1e-3, atol=1e-9)
+
+
+# --- gates -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize('gate', ['identity', 'fc', 'dw', 'ln'])
+def test_both_operands_and_the_product_of_gmnet(gate):
+    model, batches = _tiny_gmnet(gate=gate), _batches(3, 2)
     layers = layer_spectra(model, batches)
     assert [layer.name for layer in layers] == ['stages.0.1', 'stages.1.1', 'stages.2.1', 'stages.2.2', 'stages.3.1']
     with torch.no_grad():  # the first gate, computed from the network's definition
         x = torch.cat([images for images, _ in batches])
         block = model.stages[0][1]
         h = block.f1(block.dwconv(model.stages[0][0](model.stem(x))))
-        gated = h.clamp(0, 6) * h
-    torch.testing.assert_close(layers[0].before, radial_power_spectrum(h).mean(1).double(), rtol=1e-4, atol=1e-9)
-    torch.testing.assert_close(layers[0].after, radial_power_spectrum(gated).mean(1).double(), rtol=1e-4, atol=1e-9)
-    assert layers[0].size == (16, 16)
+        value = block.gate(h)
+    _assert_power(layers[0].signals['gate'], h.clamp(0, 6))
+    _assert_power(layers[0].signals['value'], value)
+    _assert_power(layers[0].signals['product'], h.clamp(0, 6) * value)
+    statistics = layers[0].statistics
+    assert statistics.pre_gate_std == pytest.approx(h.std().item(), rel=1e-3)
+    assert statistics.value_std == pytest.approx(value.std().item(), rel=1e-3)
+    assert statistics.clipped_low == pytest.approx((h <= 0).float().mean().item(), rel=1e-6)
+    assert statistics.theory == ('gaussian' if gate == 'identity' else 'independent')
 
 
-def _assert_spectra(layer, before, after):
-    torch.testing.assert_close(layer.before, radial_power_spectrum(before).mean(1).double(), rtol=1e-4, atol=1e-9)
-    torch.testing.assert_close(layer.after, radial_power_spectrum(after).mean(1).double(), rtol=1e-4, atol=1e-9)
-
-
-@pytest.mark.parametrize('gate', ['fc', 'dw', 'ln'])
-def test_input_of_a_gate_is_what_both_factors_come_from(gate):
-    model, batches = _tiny_gmnet(gate=gate), _batches(2)
-    with torch.no_grad():
-        block = model.stages[0][1]
-        h = block.f1(block.dwconv(model.stages[0][0](model.stem(batches[0][0]))))
-        gated = h.clamp(0, 6) * block.gate(h)
-    _assert_spectra(layer_spectra(model, batches)[0], h, gated)
-
-
-def test_spectra_of_other_gates():
-    model, batches = timm.create_model('resnet18_gate_gelu').eval(), _batches(2)
-    with torch.no_grad():
-        h = model.layer1[0].bn1(model.layer1[0].conv1(model.maxpool(model.act1(model.bn1(model.conv1(batches[0][0]))))))
-        layers = layer_spectra(model, batches)
-    assert len(layers) == 8
-    _assert_spectra(layers[0], h, F.gelu(h) * h)
-    model = timm.create_model('starnet_s1').eval()
+def test_starnets_product_by_hand():
+    torch.manual_seed(0)
+    model, batches = timm.create_model('starnet_s1').eval(), _batches(2)
     with torch.no_grad():
         block = model.stages[0][1]
         h = block.dwconv(model.stages[0][0](model.stem(batches[0][0])))
-        layers = layer_spectra(model, batches)
+        gate, value = F.relu6(block.f1(h)), block.f2(h)
+    layers = layer_spectra(model, batches)
     assert len(layers) == 15
-    _assert_spectra(layers[0], h, F.relu6(block.f1(h)) * block.f2(h))
+    for name, x in (('gate', gate), ('value', value), ('product', gate * value)):
+        _assert_power(layers[0].signals[name], x)
+    assert layers[0].statistics.pre_gate_std == pytest.approx(block.f1(h).std().item(), rel=1e-3)
+    assert layers[0].statistics.theory == 'independent'
 
 
-def test_product_that_cannot_be_read():
-    class Square(nn.Module):
-        def forward(self, x):
-            return x * x + 1
+class _Gate(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 1, bias=False)
+        nn.init.ones_(self.conv.weight)
+        self.function = function
 
-    with pytest.raises(UserError, match='no module takes or returns it'):
-        layer_spectra(nn.Sequential(nn.Conv2d(3, 4, 1), Square()), _batches(1))
+    def forward(self, x):
+        return self.function(self.conv(x))
+
+
+def _statistics(function, images, **kwargs):
+    layer, = layer_spectra(_Gate(function), [(images, None)], **kwargs)
+    return layer
+
+
+def _wave(frequency, size=32):
+    return torch.cos(2 * math.pi * frequency * torch.arange(size) / size).expand(1, 1, size, size).clone()
+
+
+@pytest.mark.parametrize('frequency, aliased', [(3, 0.), (7, 0.), (9, 1.), (15, 1.)])
+def test_aliased_energy_of_a_squared_tone(frequency, aliased):
+    """x * x is at twice the frequency, which folds back from half of the Nyquist frequency on."""
+    statistics = _statistics(lambda x: x * x, _wave(frequency)).statistics
+    assert statistics.aliased == pytest.approx(aliased, abs=1e-6)
+    assert statistics.gain == pytest.approx(1 / 4, rel=1e-5)  # (1/8) / (1/2)
+
+
+def test_aliased_energy_of_two_tones():
+    """cos a cos b has half of its energy at b - a and half at a + b."""
+    images = torch.cat([_wave(5), _wave(13)], 1).requires_grad_(False)
+    model = nn.Sequential(nn.Conv2d(2, 2, 1), Product())
+    nn.init.eye_(model[0].weight[:, :, 0, 0])
+    nn.init.zeros_(model[0].bias)
+    layer, = layer_spectra(model, [(images, None)])
+    assert layer.statistics.aliased == pytest.approx(.5, abs=1e-6)
+
+
+class Product(nn.Module):
+    def forward(self, x):
+        a, b = x.chunk(2, 1)
+        return a * b
+
+
+def test_clipped_shares():
+    images = torch.linspace(-3, 9, 32 * 32).view(1, 1, 32, 32)
+    statistics = _statistics(lambda x: F.relu6(x) * x, images).statistics
+    assert (statistics.clipped_low, statistics.clipped_high) == pytest.approx((.25, .25), abs=.01)
+    statistics = _statistics(lambda x: F.gelu(x) * x, images).statistics
+    assert statistics.clipped_low == statistics.clipped_high == 0
+    statistics = _statistics(lambda x: torch.sigmoid(40 * x) * x, images).statistics
+    assert statistics.clipped_high == pytest.approx(.71, abs=.02)  # float32 ends at 40 x = 17
+
+
+def _one_over_f(count, size, scale):
+    v, u = torch.fft.fftfreq(size, d=1 / size), torch.fft.rfftfreq(size, d=1 / size)
+    amplitude = 1 / (v[:, None] ** 2 + u ** 2).sqrt().clamp(min=1)
+    amplitude[0, 0] = 0
+    fields = torch.fft.irfft2(torch.fft.rfft2(torch.randn(count, 1, size, size)) * amplitude, s=(size, size))
+    return fields * scale / fields.std()
+
+
+@pytest.mark.parametrize('function, ratio', [
+    (lambda x: F.relu6(x) * x, .396), (lambda x: F.gelu(x) * x, .414), (lambda x: x * x, .551)])
+def test_prediction_beside_the_measurement(function, ratio):
+    """Gaussian maps with a 1/f amplitude spectrum: spec of the theory, and what is measured on the same maps."""
+    images = _one_over_f(200, 64, 1.4)
+    layer = _statistics(function, images)
+    product, predicted = layer.signals['product'], layer.statistics.predicted
+    measured = product.power.mean(0)
+    assert layer.signals['value'].cutoff == 16
+    assert product.high_low_ratio == pytest.approx(ratio, rel=.05)
+    assert (predicted[17:].sum() / predicted[1:17].sum()).item() == pytest.approx(ratio, rel=.05)
+    assert ((predicted - measured) / measured)[4:33].abs().max() < .15
+
+
+def test_activation_as_a_gate():
+    images = torch.randn(2, 1, 16, 16)
+    layer = _statistics(F.gelu, images, kinds=['activation'])
+    assert layer.kind == 'activation'
+    phi = .5 * (1 + torch.erf(images / math.sqrt(2)))
+    _assert_power(layer.signals['gate'], phi)
+    _assert_power(layer.signals['product'], images * phi)
+
+
+def test_gates_by_pattern():
+    model = _tiny_gmnet()
+    layers = layer_spectra(model, _batches(1), gates=['stages.2.*'])
+    assert [layer.name for layer in layers] == ['stages.2.1', 'stages.2.2']
+    with pytest.raises(UserError, match=r'no gate stages.9.* There are stages.0.1'):
+        layer_spectra(model, _batches(1), gates=['stages.9.*'])
+
+
+# --- layouts ---------------------------------------------------------------------------------------------------------
+
+
+class Same(nn.Module):
+    """One network, written for maps with channels first, with channels last, and for tokens."""
+
+    def __init__(self, layout):
+        super().__init__()
+        torch.manual_seed(3)
+        self.conv = nn.Conv2d(3, 8, 4, 4)
+        self.norm, self.mix = nn.LayerNorm(8), nn.Linear(8, 8)
+        self.cls = nn.Parameter(torch.randn(1, 2, 8))
+        self.layout, self.act, self.last = layout, nn.GELU(), nn.Identity()
+
+    def forward(self, x):
+        x = self.conv(x).permute(0, 2, 3, 1)
+        if self.layout in ('NLC', 'prefix'):
+            x = x.flatten(1, 2)
+        if self.layout == 'prefix':
+            x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1)
+        x = self.mix(self.norm(x))
+        if self.layout == 'NCHW':
+            x = x.permute(0, 3, 1, 2)
+        return self.last(self.act(x) * x)
+
+
+@pytest.mark.parametrize('layout', ['NHWC', 'NLC', 'prefix'])
+def test_the_same_network_in_three_layouts_gives_the_same_numbers(layout):
+    batches = [(torch.randn(3, 3, 32, 24), None)]
+    expected = layer_spectra(Same('NCHW'), batches, ['last', 'act'], gates=['*'])
+    got = layer_spectra(Same(layout), batches, ['last', 'act'], gates=['*'])
+    assert [layer.name for layer in got] == [layer.name for layer in expected] == ['', 'act', 'last']
+    for a, b in zip(got, expected):
+        for side in b.signals:
+            assert a.signals[side].size == (8, 6) and a.signals[side].layout == layout.replace('prefix', 'NLC')
+            torch.testing.assert_close(a.signals[side].power, b.signals[side].power, rtol=1e-4, atol=1e-9)
+
+
+def test_a_stated_layout_is_taken():
+    batches = [(torch.randn(2, 3, 32, 24), None)]
+    layer, = layer_spectra(Same('NHWC'), batches, ['last'], layout='NCHW')
+    assert layer.signals['output'].size == (6, 8)  # wrong, as stated
+    layer, = layer_spectra(Same('NLC'), batches, ['last'], layout='NLC')
+    assert layer.signals['output'].size == (8, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name, module, size', [
+    ('swin_tiny_patch4_window7_224', 'layers.0.blocks.0', (56, 56)),
+    ('convnext_tiny', 'stages.0.blocks.0.mlp.act', (56, 56)),
+    ('vit_tiny_patch16_224', 'blocks.0', (14, 14)),
+])
+def test_spectra_of_transformers_and_channels_last(name, module, size):
+    model, batches = timm.create_model(name).eval(), _batches(1, side=224)
+    layer, = layer_spectra(model, batches, [module])
+    captured = []
+    model.get_submodule(module).register_forward_hook(lambda _, args, out: captured.append(out))
+    with torch.no_grad():
+        model(batches[0][0])
+    x, = captured
+    maps = x.permute(0, 3, 1, 2) if x.dim() == 4 else x[:, 1:].mT.unflatten(-1, size)
+    _assert_power(layer.signals['output'], maps)
+
+
+# --- modules ---------------------------------------------------------------------------------------------------------
 
 
 def test_gain_and_ratio_of_a_known_filter():
@@ -97,37 +253,98 @@ def test_gain_and_ratio_of_a_known_filter():
     expected = (1 + 2 * torch.cos(2 * math.pi * torch.arange(17.) / 32)).square() / 9
     torch.testing.assert_close(gain[:17].float(), expected, rtol=1e-3, atol=1e-6)
     assert ((high - low)[:17] <= 1e-3 * gain[:17] + 1e-6).all()  # all images have the same gain
-    before, after = layer.before.mean(0), layer.after.mean(0)
-    assert layer.cutoff == 8
-    assert layer.high_low_ratio(False) == pytest.approx((before[9:].sum() / before[1:9].sum()).item())
-    assert layer.high_low_ratio(True) < layer.high_low_ratio(False)
-    assert layer.high_low_ratio(True) == pytest.approx((after[9:].sum() / after[1:9].sum()).item())
+    after = layer.after.power.mean(0)
+    assert layer.after.cutoff == 8
+    assert layer.after.high_low_ratio == pytest.approx((after[9:].sum() / after[1:9].sum()).item())
+    assert layer.after.high_low_ratio < layer.before.high_low_ratio
 
 
 def test_interval_is_of_the_mean_logarithm():
     from scipy.stats import norm
-
-    from gmnet_timm.frequency.spectra import LayerSpectrum
     before, after = torch.rand(6, 4, dtype=torch.float64) + .1, torch.rand(6, 4, dtype=torch.float64) + .1
-    _, low, high = LayerSpectrum('x', (4, 4), before, after).gain()
+    signals = dict(input=Signal('NCHW', (4, 4), before), output=Signal('NCHW', (4, 4), after))
+    _, low, high = LayerSpectrum('x', 'module', signals).gain()
     logs = np.log((after / before).numpy())
     expected = norm.interval(.95, logs.mean(0), logs.std(0, ddof=1) / math.sqrt(6))
     np.testing.assert_allclose(low.log(), expected[0], rtol=1e-5)
     np.testing.assert_allclose(high.log(), expected[1], rtol=1e-5)
 
 
+def test_power_per_mode_of_white_noise_is_flat():
+    signal = Signal('NCHW', (32, 24), radial_power_spectrum(torch.randn(2000, 32, 24, dtype=torch.float64)))
+    assert (signal.per_mode[1:] * 32 * 24 - 1).abs().max() < .15
+    assert signal.power.mean(0)[19] < .5 * signal.power.mean(0)[11]  # sums fall towards the corner
+
+
+def test_layers_that_change_resolution_have_both_spectra():
+    layer, = layer_spectra(_tiny_gmnet(), _batches(2), ['stages.1.0'])
+    assert layer.signals['input'].size == (16, 16) and layer.signals['output'].size == (8, 8)
+    assert layer.gain() is None
+    assert {row['gain'] for row in layer.as_rows()} == {''}
+
+
+def test_the_output_alone():
+    class Embed(nn.Module):
+        def forward(self, x):
+            return x.flatten(1)
+
+    model = nn.Sequential(Embed(), nn.Unflatten(1, (3, 64, 64)))
+    layer, = layer_spectra(model, _batches(2), ['1'])
+    assert list(layer.signals) == ['output']
+
+
 def test_input_of_a_module_that_works_in_place_is_seen_before():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True))
     layer, = layer_spectra(model, _batches(2), ['1'])
-    assert (layer.before[:, 1:] > layer.after[:, 1:]).any()
-    assert not torch.equal(layer.before, layer.after)
+    assert (layer.before.power[:, 1:] > layer.after.power[:, 1:]).any()
+
+
+def test_a_module_that_is_called_twice_is_two_entries():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = nn.ReLU()
+
+        def forward(self, x):
+            return self.act(self.act(x) - 1)
+
+    model, batches = Twice(), _batches(3, 2)
+    layers = layer_spectra(model, batches, ['act'])
+    assert [layer.name for layer in layers] == ['act', 'act#2']
+    assert all(len(layer.after.power) == 5 for layer in layers)
+    _assert_power(layers[1].signals['output'], model(torch.cat([images for images, _ in batches])))
+
+
+def test_a_module_that_is_never_called_is_refused():
+    class Idle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.idle = nn.ReLU(), nn.ReLU()
+
+        def forward(self, x):
+            return self.used(x)
+
+    for names in (['idle'], ['used', 'idle']):
+        with pytest.raises(UserError, match='idle is not called'):
+            layer_spectra(Idle(), _batches(1), names)
+
+
+def test_patterns():
+    layers = layer_spectra(_tiny_gmnet(), _batches(1), ['stages.*.1', 'stem'])
+    assert [layer.name for layer in layers] == ['stem', 'stages.0.1', 'stages.1.1', 'stages.2.1', 'stages.3.1']
+
+
+def test_blocks_of_a_model_without_gates():
+    layers = layer_spectra(timm.create_model('resnet18').eval(), _batches(1))
+    assert [layer.name for layer in layers] == [f'layer{i}.{j}' for i in (1, 2, 3, 4) for j in (0, 1)]
+    assert {layer.kind for layer in layers} == {'module'}
 
 
 def test_hooks_are_removed_whatever_happens():
     model = _tiny_gmnet()
     layer_spectra(model, _batches(1))
     assert _hooks(model) == 0
-    with pytest.raises(UserError, match='no feature maps'):
+    with pytest.raises(UserError, match='head has no maps.*--layout'):
         layer_spectra(model, _batches(1), ['stages.0.1', 'head'])
     assert _hooks(model) == 0
     with pytest.raises(RuntimeError):
@@ -136,17 +353,8 @@ def test_hooks_are_removed_whatever_happens():
     with pytest.raises(UserError, match='no module nonsense'):
         layer_spectra(model, _batches(1), ['stages.0.1', 'nonsense'])
     assert _hooks(model) == 0
-
-
-def test_number_of_images_and_errors():
-    model = _tiny_gmnet()
-    assert len(layer_spectra(model, _batches(2, 2, 2), max_images=3)[0].before) == 3
     with pytest.raises(UserError, match='no image'):
         layer_spectra(model, [])
-    with pytest.raises(UserError, match='no gates'):
-        layer_spectra(timm.create_model('test_resnet'), _batches(1))
-    with pytest.raises(UserError, match='changes the size'):
-        layer_spectra(model, _batches(1), ['stem.0'])
 
 
 def test_fused_model_has_the_same_spectra():
@@ -154,7 +362,29 @@ def test_fused_model_has_the_same_spectra():
     model, batches = _tiny_gmnet(init_values=.5), _batches(2)
     expected = layer_spectra(model, batches)
     for got, layer in zip(layer_spectra(reparameterize_model(model), batches), expected, strict=True):
-        torch.testing.assert_close(got.after, layer.after, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(got.after.power, layer.after.power, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize('create', [
+    lambda: __import__('torchvision').models.resnet18(num_classes=3),
+    lambda: __import__('torchvision').models.vit_b_16(num_classes=3, image_size=64),
+], ids=['resnet', 'vit'])
+@pytest.mark.slow
+def test_models_of_torchvision(create):
+    layers = layer_spectra(create().eval(), _batches(1))
+    assert layers and all(layer.after.size[0] in (16, 8, 4, 2) for layer in layers)
+
+
+@pytest.mark.ecosystem
+def test_models_of_transformers():
+    transformers = pytest.importorskip('transformers')
+    config = transformers.ViTConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=64)
+    layers = layer_spectra(transformers.ViTForImageClassification(config).eval(), _batches(1))
+    assert len(layers) == 2 and layers[0].after.size == (4, 4)
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
 
 
 def test_cli_layers(tmp_path, capsys):
@@ -172,9 +402,15 @@ def test_cli_layers(tmp_path, capsys):
     with (tmp_path / 'out' / 'layers.csv').open(newline='') as file:
         rows = list(csv.DictReader(file))
     assert {row['images'] for row in rows} == {'5'}
-    first = [row for row in rows if row['layer'] == 'stages.0.1']
+    first = [row for row in rows if row['layer'] == 'stages.0.1' and row['signal'] == 'product']
     assert [int(row['radius']) for row in first] == list(range(12))  # 16x16: the corner is at 11.3
     for row in first:
         assert float(row['gain_low']) <= float(row['gain']) <= float(row['gain_high'])
+        assert float(row['predicted_power']) >= 0
+    with (tmp_path / 'out' / 'layers-summary.csv').open(newline='') as file:
+        summary = list(csv.DictReader(file))
+    assert len(summary) == 5 and float(summary[0]['clipped_low']) > 0
     for name in ('layers.png', 'layers-gain.png'):
         assert Image.open(tmp_path / 'out' / name).size[0] > 500
+    assert main([*argv, '--modules', 'stages.*.1', '--force', '--no-figure']) == 0
+    assert main([*argv, '--no-figure']) == 1 and '--force' in capsys.readouterr().err

@@ -15,13 +15,16 @@ def add_commands(commands) -> None:
     parser = commands.add_parser(
         'freq',
         help='how well models work on only the low or only the high frequencies of images',
-        description='Band accuracies, learning curves, pictures and layer spectra, for any model of timm.',
+        description='What models do with spatial frequencies, for any model of timm.',
     )
     commands = parser.add_subparsers(metavar='command', required=True)
     _add_eval(commands)
     _add_curves(commands)
     _add_image(commands)
     _add_layers(commands)
+    _add_amplitude(commands)
+    _add_heatmap(commands)
+    _add_sensitivity(commands)
     _add_theory(commands)
     _add_study(commands)
 
@@ -33,25 +36,36 @@ def _add_eval(commands) -> None:
     _add_split(parser, [12., 24., 36.])
     _add_bands(parser)
     _add_machine(parser)
+    _add_figures(parser)
 
 
 def _run_eval(args: argparse.Namespace) -> None:
-    """Evaluate models on images with only some of their frequencies. Writes eval.csv and eval.json."""
+    """Evaluate models on images with only some of their frequencies. Writes eval.csv, eval.json and a figure."""
     from gmnet_timm.frequency.evaluation import evaluate_model, report_rows
+    from gmnet_timm.frequency.plots import draw_band_accuracy
     from gmnet_timm.frequency.reports import format_table, write_csv, write_json
 
     settings = _settings(args)
-    _refuse_existing(args, 'eval.csv', 'eval.json')
+    _check_output(args, 'eval.csv', 'eval.json', figures=['eval'])
     with _Machine(args) as machine:
-        reports = [
-            evaluate_model(_load(spec, args), settings, **machine.kwargs)
-            for spec in args.models
-        ]
-        if machine.rank == 0:
-            write_csv([row for report in reports for row in report_rows(report)], args.output / 'eval.csv')
-            write_json(reports, args.output / 'eval.json')
-            print(format_table(reports))
-            print(f'\n{args.output / "eval.csv"}, {args.output / "eval.json"}')
+        models = [_load(spec, args) for spec in args.models]
+        reports = [evaluate_model(model, settings, **machine.kwargs) for model in models]
+        if machine.rank:
+            return
+    write_csv([row for report in reports for row in report_rows(report)], args.output / 'eval.csv')
+    write_json(reports, args.output / 'eval.json')
+    print(format_table(reports))
+    print(f'\n{args.output / "eval.csv"}, {args.output / "eval.json"}')
+    curves: dict[str, Any] = {}
+    for label, report in zip(_labels(models), reports, strict=True):
+        for row in report['results']:
+            x = float(row['radius'] or 0)
+            if row['inner_radius']:
+                x = (x + float(row['inner_radius'])) / 2
+            points = curves.setdefault(label, {}).setdefault((row['band'], ''), [])
+            points.append((x, row['top1'], row['top1_low'], row['top1_high']))
+    title = f'{reports[0]["results"][0]["count"]} images, bars: 95 % intervals'
+    _save(args, 'eval', lambda: draw_band_accuracy(curves, title, _chance([r['num_classes'] for r in reports])))
 
 
 def _add_curves(commands) -> None:
@@ -62,7 +76,7 @@ def _add_curves(commands) -> None:
     _add_split(parser, [10.])
     _add_bands(parser)
     _add_machine(parser)
-    parser.add_argument('--no-figure', action='store_true', help='write the CSV alone, without matplotlib')
+    _add_figures(parser)
 
 
 def _run_curves(args: argparse.Namespace) -> None:
@@ -71,24 +85,23 @@ def _run_curves(args: argparse.Namespace) -> None:
     train.py and the demo keep only some checkpoints; with --checkpoint-hist 1000, train.py keeps all.
     """
     from gmnet_timm.frequency.evaluation import evaluate_runs
-    from gmnet_timm.frequency.extras import require_matplotlib
-    from gmnet_timm.frequency.plots import plot_band_curves
+    from gmnet_timm.frequency.plots import draw_band_curves
 
-    if not args.no_figure:
-        require_matplotlib()
-    table, figure = args.output / 'curves.csv', args.output / 'curves.png'
+    _check_output(args, figures=['curves'])
+    table = args.output / 'curves.csv'
     with _Machine(args) as machine:
         rows = evaluate_runs(args.runs, _settings(args), table, use_ema=not args.no_ema, **machine.kwargs)
         if machine.rank:
             return
     print(table)
-    if not args.no_figure:
-        curves: dict[str, Any] = {}
-        for row in rows:
-            points = curves.setdefault(row['run'], {}).setdefault((row['band'], row['radius']), [])
-            points.append((int(row['epoch']), *(float(row[name]) for name in ('top1', 'top1_low', 'top1_high'))))
-        plot_band_curves(curves, figure, 'Accuracy by epoch', '95 % intervals over images')
-        print(figure)
+    curves: dict[str, Any] = {}
+    for row in rows:
+        radius = '-'.join(filter(None, [row['inner_radius'], row['radius']]))
+        points = curves.setdefault(Path(row['run']).name, {}).setdefault((row['band'], radius), [])
+        points.append((int(row['epoch']), *(float(row[name]) for name in ('top1', 'top1_low', 'top1_high'))))
+    chance = _chance([int(row['num_classes']) if row['num_classes'] else None for row in rows])
+    title = 'Accuracy by epoch, bars: 95 % intervals over images'
+    _save(args, 'curves', lambda: draw_band_curves(curves, title, chance), force=True)
 
 
 def _add_image(commands) -> None:
@@ -98,6 +111,7 @@ def _add_image(commands) -> None:
     _add_split(parser, [12., 24., 36.])
     parser.add_argument(
         '--class-names', metavar='PATH', help='image folder, text file with one name per line, or imagenet-1k')
+    _add_figures(parser, optional=False)
 
 
 def _run_image(args: argparse.Namespace) -> None:
@@ -108,15 +122,13 @@ def _run_image(args: argparse.Namespace) -> None:
 
     from gmnet_timm.frequency.bands import band_images, list_bands
     from gmnet_timm.frequency.data import to_mode
-    from gmnet_timm.frequency.extras import require_matplotlib
-    from gmnet_timm.frequency.plots import plot_image_panel
+    from gmnet_timm.frequency.plots import draw_image_panel
     from gmnet_timm.frequency.split import check_corner
 
-    require_matplotlib()
     subject = _load(args.model, args)
     config = subject.data_config
     check_corner(args.radii, config['input_size'])
-    _refuse_existing(args, f'{args.file.stem}.png')
+    _check_output(args, figures=[args.file.stem])
     try:
         with Image.open(args.file) as opened:
             picture = to_mode(opened, 'L' if config['input_size'][0] == 1 else 'RGB')
@@ -134,52 +146,197 @@ def _run_image(args: argparse.Namespace) -> None:
         answers.append([(names[i] if names else f'class {i}', confidence[i].item()) for i in top])
     mean, std = (images.new_tensor(config[name]).view(-1, 1, 1) for name in ('mean', 'std'))
     pixels = [(band.kind, band.radius, part[0] * std + mean) for band, part in zip(bands, parts, strict=True)]
-    path = args.output / f'{args.file.stem}.png'
-    plot_image_panel(pixels, answers, path, f'{subject.name}: {args.file.name}, radii in cycles per image')
     for (band, radius, _), lines in zip(pixels, answers, strict=True):
         head = band if radius is None else f'{band} r = {radius:g}'
         print(f'{head:<12} ' + ', '.join(f'{name} {100 * p:.1f} %' for name, p in lines))
-    print(path)
+    title = f'{_labels([subject])[0]}: {args.file.name}, radii in cycles per image'
+    _save(args, args.file.stem, lambda: draw_image_panel(pixels, answers, title))
 
 
 def _add_layers(commands) -> None:
-    parser = _command(commands, 'layers', 'spectra of features before and after gates', _run_layers)
+    parser = _command(commands, 'layers', 'spectra of features before and after gates or modules', _run_layers)
     _add_model(parser, 'model')
     _add_data(parser)
-    parser.add_argument('--modules', nargs='+', metavar='NAME', help='modules to look at (default: all gates)')
+    parser.add_argument(
+        '--modules', nargs='+', metavar='PATTERN',
+        help='modules to look at, such as layer1.0 or stages.*.0 (default: all gates; the blocks where there are none)')
+    parser.add_argument('--gates', nargs='+', metavar='PATTERN', help='gates to look at, by the module that multiplies')
+    parser.add_argument(
+        '--kinds', nargs='+', default=['gate'], choices=['gate', 'activation', 'attention'],
+        help='what counts as a gate: also activations, x * (f(x) / x), and products with channel or spatial weights '
+             '(default: gate)')
+    _add_maps(parser)
     _add_machine(parser, num_images=64)
-    parser.add_argument('--no-figure', action='store_true', help='write the CSV alone, without matplotlib')
+    _add_figures(parser)
 
 
 def _run_layers(args: argparse.Namespace) -> None:
-    """Write and draw the radial power spectra of features before and after each gate of a model."""
-    from gmnet_timm.frequency.data import create_band_loader
-    from gmnet_timm.frequency.extras import require_matplotlib
-    from gmnet_timm.frequency.plots import plot_layer_gains, plot_layer_spectra
+    """Write and draw radial power spectra of operands and products of gates, or of inputs and outputs of modules."""
+    from gmnet_timm.frequency.plots import draw_layers
     from gmnet_timm.frequency.reports import write_csv
     from gmnet_timm.frequency.spectra import layer_spectra
 
-    if not args.no_figure:
-        require_matplotlib()
-    subject = _load(args.model, args)
+    _check_output(args, 'layers.csv', 'layers-summary.csv', figures=['layers', 'layers-gain'])
     with _Machine(args) as machine:
-        if machine.world_size > 1:
-            raise UserError('freq layers runs in one process.')
-        loader = create_band_loader(
-            args.data_dir, subject.data_config, dataset=args.dataset, split=args.split, class_map=args.class_map,
-            batch_size=args.batch_size, workers=args.workers, num_images=args.num_images)
-        layers = layer_spectra(subject.model.to(machine.device), loader, args.modules)
+        model = _load(args.model, args)
+        layers = layer_spectra(
+            model.model.to(machine.device), _loader(args, model, machine), args.modules, gates=args.gates,
+            kinds=args.kinds, layout=args.layout, window=args.window, show_progress=True)
     write_csv([row for layer in layers for row in layer.as_rows()], args.output / 'layers.csv')
+    write_csv([layer.summary_row() for layer in layers], args.output / 'layers-summary.csv')
+    if args.modules is None and args.gates is None:
+        kind = 'gates' if layers[0].kind != 'module' else 'blocks, as the model has no gates of this kind'
+        print(f'{len(layers)} {kind}')
     for layer in layers:
-        print(
-            f'{layer.name:<24} {layer.size[0]:>3}x{layer.size[1]:<3}  high/low energy before '
-            f'{layer.high_low_ratio(False):8.4f}  after {layer.high_low_ratio(True):8.4f}')
-    print(args.output / 'layers.csv')
-    if not args.no_figure:
-        title = f'{subject.name}, {len(layers[0].before)} images'
-        for name, plot in (('layers.png', plot_layer_spectra), ('layers-gain.png', plot_layer_gains)):
-            plot(layers, args.output / name, title)
-            print(args.output / name)
+        print(_describe_layer(layer))
+    print(f'{args.output / "layers.csv"}, {args.output / "layers-summary.csv"}')
+    images = len(next(iter(layers[0].signals.values())).power)
+    title = f'{_labels([model])[0]}, {images} images'
+    _save(args, 'layers', lambda: draw_layers(layers, title))
+    if any(layer.gain() is not None for layer in layers):
+        _save(args, 'layers-gain', lambda: draw_layers(layers, title, gain=True))
+
+
+def _describe_layer(layer) -> str:
+    line = f'{layer.name:<28}'
+    for name, signal in layer.signals.items():
+        line += f'  {name} {signal.size[0]}x{signal.size[1]} high/low {signal.high_low_ratio:.4f}'
+    if layer.statistics is not None:
+        row = layer.summary_row()
+        line += (
+            f'  predicted {row["predicted_high_low"]:.4f}  aliased {100 * row["aliased"]:.1f} %  '
+            f'clipped {100 * row["clipped_low"]:.1f} + {100 * row["clipped_high"]:.1f} %  '
+            f'pre-gate std {row["pre_gate_std"]:.3g}')
+    return line
+
+
+def _add_amplitude(commands) -> None:
+    parser = _command(commands, 'amplitude', 'relative log amplitude of features by depth', _run_amplitude)
+    _add_model(parser, 'models', nargs='+')
+    _add_data(parser)
+    parser.add_argument('--modules', nargs='+', metavar='PATTERN', help='modules to look at (default: the blocks)')
+    _add_maps(parser, window=False)
+    _add_machine(parser, num_images=64)
+    _add_figures(parser)
+
+
+def _run_amplitude(args: argparse.Namespace) -> None:
+    """Write and draw the log amplitude at the corner of the spectrum minus that at zero frequency, by depth.
+
+    As in Park & Kim 2022 (arXiv 2202.06709), for any models side by side.
+    """
+    from gmnet_timm.frequency.amplitude import log_amplitudes
+    from gmnet_timm.frequency.plots import draw_log_amplitudes
+    from gmnet_timm.frequency.reports import write_csv
+
+    _check_output(args, 'amplitude.csv', figures=['amplitude'])
+    with _Machine(args) as machine:
+        models = [_load(spec, args) for spec in args.models]
+        found = {}
+        for label, model in zip(_labels(models), models, strict=True):
+            found[label] = log_amplitudes(
+                model.model.to(machine.device), _loader(args, model, machine), args.modules, layout=args.layout,
+                show_progress=True)
+    rows = [dict(model=label, **row) for label, layers in found.items() for layer in layers for row in layer.as_rows()]
+    write_csv(rows, args.output / 'amplitude.csv')
+    for label, layers in found.items():
+        print(f'{label}: {len(layers)} blocks, first {layers[0].name} {layers[0].high:.2f}, '
+              f'last {layers[-1].name} {layers[-1].high:.2f}')
+    print(args.output / 'amplitude.csv')
+    title = f'Relative log amplitude, {next(iter(found.values()))[0].images} images'
+    _save(args, 'amplitude', lambda: draw_log_amplitudes(found, title))
+
+
+def _add_heatmap(commands) -> None:
+    parser = _command(
+        commands, 'heatmap', 'error under perturbations of each direction and frequency', _run_heatmap, force=False)
+    _add_model(parser, 'models', nargs='+')
+    _add_data(parser)
+    parser.add_argument(
+        '--amplitudes', type=float, nargs='+', default=[.07], metavar='RMS',
+        help='root mean square of the perturbation, pixels being 0 to 1 (default: 0.07, the norm 15.7 at 224x224)')
+    parser.add_argument(
+        '--step', type=int, default=8, help='distance of the frequencies in cycles per image (default: %(default)s)')
+    parser.add_argument('--largest', type=int, metavar='R', help='largest frequency in each direction (default: all)')
+    parser.add_argument('--seed', type=int, default=0, help='of the random signs (default: %(default)s)')
+    _add_machine(parser, num_images=64)
+    _add_figures(parser)
+
+
+def _run_heatmap(args: argparse.Namespace) -> None:
+    """Add a Fourier basis image of each frequency to the pixels, and count errors: Yin et al. 2019 (arXiv 1906.08988).
+
+    Every frequency is written when it is known, and a repeated call goes on where the last one stopped. --step 1 takes
+    all frequencies, which is a matter of a GPU.
+    """
+    from gmnet_timm.frequency.heatmap import radial_summary
+    from gmnet_timm.frequency.heatmap_run import run_heatmap
+    from gmnet_timm.frequency.plots import draw_heatmaps
+    from gmnet_timm.frequency.reports import write_csv
+
+    _check_output(args, figures=['heatmap'])
+    table = args.output / 'heatmap.csv'
+    with _Machine(args) as machine:
+        models = [_load(spec, args) for spec in args.models]
+        found: dict[str, Any] = {}
+        for label, model in zip(_labels(models), models, strict=True):
+            model.model.to(machine.device)
+            found[label] = run_heatmap(
+                model, _loader(args, model, machine), args.amplitudes, table, step=args.step, largest=args.largest,
+                seed=args.seed, batch_size=args.batch_size, data=f'{args.dataset} {args.data_dir} {args.split or ""}')
+    rows = [
+        dict(model=label, **row)
+        for label, by_amplitude in found.items() for points in by_amplitude.values() for row in radial_summary(points)
+    ]
+    write_csv(rows, args.output / 'heatmap-radial.csv')
+    for label, by_amplitude in found.items():
+        for amplitude, points in by_amplitude.items():
+            worst = max(points, key=lambda point: point.error)
+            print(f'{label}, amplitude {amplitude:g}: mean error {sum(p.error for p in points) / len(points):.1f} %, '
+                  f'largest {worst.error:.1f} % at ({worst.v}, {worst.u})')
+    print(f'{table}, {args.output / "heatmap-radial.csv"}')
+    chance = _chance([getattr(model.model, 'num_classes', None) for model in models])
+    _save(args, 'heatmap', lambda: draw_heatmaps(
+        found, f'Error under Fourier perturbations, {points[0].count} images', chance and 100 - chance), force=True)
+
+
+def _add_sensitivity(commands) -> None:
+    parser = _command(commands, 'sensitivity', 'spectrum of the gradients with respect to images', _run_sensitivity)
+    _add_model(parser, 'models', nargs='+')
+    _add_data(parser)
+    parser.add_argument(
+        '--target', choices=['loss', 'logit'], default='loss', help='gradient of the cross-entropy, or of the logit')
+    parser.add_argument('--window', choices=['hann'], help='taper gradients to the border')
+    _add_machine(parser, num_images=64)
+    _add_figures(parser)
+
+
+def _run_sensitivity(args: argparse.Namespace) -> None:
+    """Write and draw to which frequencies of a pixel change the loss of classifiers responds."""
+    from gmnet_timm.frequency.plots import draw_sensitivity
+    from gmnet_timm.frequency.reports import write_csv
+    from gmnet_timm.frequency.sensitivity import input_sensitivity
+
+    _check_output(args, 'sensitivity.csv', figures=['sensitivity'])
+    with _Machine(args) as machine:
+        models = [_load(spec, args) for spec in args.models]
+        found = {
+            label: input_sensitivity(
+                model.model.to(machine.device), _loader(args, model, machine), model.data_config['std'],
+                target=args.target, window=args.window, show_progress=True)
+            for label, model in zip(_labels(models), models, strict=True)
+        }
+    write_csv(
+        [dict(model=label, target=args.target, **row) for label, s in found.items() for row in s.as_rows()],
+        args.output / 'sensitivity.csv')
+    for label, sensitivity in found.items():
+        share = sensitivity.interval()[0]
+        centre = sum(k * share[k].item() for k in range(1, len(share)))
+        print(f'{label}: mean radius of the gradient energy {centre:.1f} cycles/image')
+    print(args.output / 'sensitivity.csv')
+    images = len(next(iter(found.values())).power)
+    title = f'Gradient of the {args.target}, {images} images, bands: 95 % intervals'
+    _save(args, 'sensitivity', lambda: draw_sensitivity(found, title))
 
 
 def _add_theory(commands) -> None:
@@ -328,12 +485,73 @@ def _options(args: argparse.Namespace):
     return SplitOptions(args.keep_dc, args.restore_contrast, args.split_space, args.edge_width)
 
 
-def _refuse_existing(args: argparse.Namespace, *names: str) -> None:
-    """Before the work: do not replace the results of an earlier call."""
-    for name in names:
-        if (args.output / name).exists() and not args.force:
-            raise UserError(
-                f'{args.output / name} exists: choose another folder by --output, or give --force to replace it.')
+def _add_maps(parser, window: bool = True) -> None:
+    parser.add_argument(
+        '--layout', choices=['NCHW', 'NHWC', 'NLC', 'NCL'],
+        help='layout of the named modules (default: found by following positions through the model)')
+    if window:
+        parser.add_argument('--window', choices=['hann'], help='taper maps to the border, against leakage')
+
+
+def _add_figures(parser, optional: bool = True) -> None:
+    parser.add_argument(
+        '--figure-formats', nargs='+', default=['png'], choices=['png', 'pdf', 'svg'], help='(default: png)')
+    if optional:
+        parser.add_argument('--no-figure', action='store_true', help='write no figures, without matplotlib')
+
+
+def _figure_paths(args: argparse.Namespace, name: str) -> list[Path]:
+    return [] if getattr(args, 'no_figure', False) else [args.output / f'{name}.{f}' for f in args.figure_formats]
+
+
+def _check_output(args: argparse.Namespace, *names: str, figures: list[str]) -> None:
+    """Before the work: figures can be drawn, and the results of an earlier call are not replaced."""
+    paths = [args.output / name for name in names]
+    drawn = [path for name in figures for path in _figure_paths(args, name)]
+    if drawn:
+        from gmnet_timm.frequency.extras import require_matplotlib
+        require_matplotlib()
+    for path in [*paths, *drawn]:
+        if path.exists() and not getattr(args, 'force', True):  # commands that go on have no --force
+            raise UserError(f'{path} exists: choose another folder by --output, or give --force to replace it.')
+
+
+def _save(args: argparse.Namespace, name: str, draw, force: bool = False) -> None:
+    """Draw a figure and write it in each format."""
+    from gmnet_timm.frequency.plots import save_figure
+
+    paths = _figure_paths(args, name)
+    figure = draw() if paths else None
+    for path in paths:
+        save_figure(figure, path, force=force or args.force)
+        print(path)
+
+
+def _labels(models) -> list[str]:
+    """Names of models for figures: of the architecture, and where two are the same, of the file too."""
+    names = [str(model.provenance.get('model', model.name)) for model in models]
+    labels = [
+        name if names.count(name) == 1 else f'{name} {Path(str(model.provenance.get("checkpoint", i))).parent.name}'
+        for i, (name, model) in enumerate(zip(names, models, strict=True))
+    ]
+    return labels if len(set(labels)) == len(labels) else [f'{label} ({i + 1})' for i, label in enumerate(labels)]
+
+
+def _chance(num_classes: list[int | None]) -> float | None:
+    """Accuracy at chance in percent, None where models have different numbers of classes."""
+    only = set(num_classes)
+    return 100 / only.pop() if len(only) == 1 and all(only) else None  # type: ignore[operator]
+
+
+def _loader(args: argparse.Namespace, model, machine):
+    """Images for a command that runs in one process."""
+    from gmnet_timm.frequency.data import create_band_loader
+
+    if machine.world_size > 1:
+        raise UserError('This command runs in one process.')
+    return create_band_loader(
+        args.data_dir, model.data_config, dataset=args.dataset, split=args.split, class_map=args.class_map,
+        batch_size=args.batch_size, workers=args.workers, num_images=args.num_images)
 
 
 class _Machine:
@@ -372,7 +590,12 @@ def _load(spec: str, args: argparse.Namespace):
     """Load a model, and print what had to be chosen or assumed."""
     from gmnet_timm.source import load_model
 
-    loaded = load_model(spec, preprocessing=preprocessing(args), **description(args))
+    try:
+        loaded = load_model(spec, preprocessing=preprocessing(args), **description(args))
+    except UserError as e:
+        if not Path(spec).is_dir():
+            raise
+        raise UserError(f'{e} A folder of timm with config.json and weights is local-dir:FOLDER.') from e
     print_notes(loaded.notes)
     return loaded
 

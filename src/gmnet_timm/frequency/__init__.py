@@ -1,7 +1,10 @@
 """How well models work on only the low or only the high frequencies of images, and what their layers do with them."""
+from gmnet_timm.frequency.amplitude import LogAmplitude, log_amplitudes, relative_log_amplitude
 from gmnet_timm.frequency.bands import Band, BandAccuracy, SplitOptions, band_images, evaluate_bands, list_bands
-from gmnet_timm.frequency.gates import Product, Tap, find_gates, find_products
-from gmnet_timm.frequency.spectra import LayerSpectrum, layer_spectra
+from gmnet_timm.frequency.gates import find_gates, find_products
+from gmnet_timm.frequency.heatmap import HeatmapPoint, directions, fourier_basis, fourier_heatmap, radial_summary
+from gmnet_timm.frequency.sensitivity import Sensitivity, input_sensitivity
+from gmnet_timm.frequency.spectra import GateStatistics, LayerSpectrum, Signal, find_blocks, layer_spectra
 from gmnet_timm.frequency.split import (
     frequency_bands,
     modes_per_bin,
@@ -11,7 +14,9 @@ from gmnet_timm.frequency.split import (
 )
 
 __all__ = [
-    'Band', 'BandAccuracy', 'LayerSpectrum', 'Product', 'SplitOptions', 'Tap', 'band_images', 'evaluate_bands',
-    'find_gates', 'find_products', 'frequency_bands', 'layer_spectra', 'list_bands', 'modes_per_bin',
-    'num_radial_bins', 'radial_power_spectrum', 'split_frequencies',
+    'Band', 'BandAccuracy', 'GateStatistics', 'HeatmapPoint', 'LayerSpectrum', 'LogAmplitude', 'Sensitivity',
+    'Signal', 'SplitOptions', 'band_images', 'directions', 'evaluate_bands', 'find_blocks', 'find_gates',
+    'find_products', 'fourier_basis', 'fourier_heatmap', 'frequency_bands', 'input_sensitivity', 'layer_spectra',
+    'list_bands', 'log_amplitudes', 'modes_per_bin', 'num_radial_bins', 'radial_power_spectrum', 'radial_summary',
+    'relative_log_amplitude', 'split_frequencies',
 ]

@@ -97,6 +97,7 @@ def evaluate_model(
         name=model.name,
         provenance=model.provenance,
         results=[result.as_row() for result in results],
+        num_classes=getattr(model.model, 'num_classes', None),
         skipped=loader.skipped,
         ignored=loader.ignored,
         settings=asdict(settings),
@@ -118,7 +119,8 @@ def report_rows(report: dict[str, Any], **first: Any) -> list[dict[str, Any]]:
     """
     return [
         {
-            **first, 'model': report['name'], **result, 'skipped': report['skipped'], 'ignored': report['ignored'],
+            **first, 'model': report['name'], **result,
+            **{key: report[key] for key in ('num_classes', 'skipped', 'ignored')},
             **_settings_columns(report),
         }
         for result in report['results']

@@ -12,7 +12,7 @@ __all__ = ['format_table', 'read_csv', 'write_csv', 'write_json']
 
 
 def format_table(reports: Sequence[dict[str, Any]]) -> str:
-    """Top-1 in the layout of the paper's tables with the bounds of Wilson's 95 % interval; the choices below."""
+    """Top-1 in the layout of the paper's tables with the bounds of Wilson's interval, and below it what was chosen."""
     rows = [_sorted_results(report) for report in reports]
     heads = [' '.join(filter(None, [row['band'], _radii(row)])) for row in rows[0]]
     width = max(len('top-1 % (95 %)'), *(len(report['name']) for report in reports))
@@ -44,9 +44,8 @@ def _describe_data(report: dict[str, Any]) -> str:
     mean, std = (' '.join(f'{value:.3g}' for value in config[key]) for key in ('mean', 'std'))
     ignored = f', {report["ignored"]} files of types that timm does not read' if report['ignored'] else ''
     return (
-        f'{report["results"][0]["count"]} images of {height}x{width}, '
-        f'{report["skipped"]} could not be decoded{ignored}; '
-        f'crop {config["crop_pct"]:g} {config.get("crop_mode", "center")}, {config["interpolation"]}, mean {mean}, '
+        f'{report["results"][0]["count"]} images of {height}x{width}, {report["skipped"]} could not be decoded{ignored}'
+        f'; crop {config["crop_pct"]:g} {config.get("crop_mode", "center")}, {config["interpolation"]}, mean {mean}, '
         f'std {std}.')
 
 

@@ -112,7 +112,7 @@ def radial_power_spectrum(images: torch.Tensor, window: str | None = None) -> to
 
 
 def power_spectrum(x: torch.Tensor, window: str | None = None) -> torch.Tensor:
-    """|DFT|^2 of real images (..., H, W) by frequency of `rfft2`, (..., H, W // 2 + 1); the squares of means at [0, 0]."""
+    """|DFT|^2 of real images (..., H, W) by frequency of `rfft2`, (..., H, W // 2 + 1); squared means at [0, 0]."""
     if window not in (None, 'hann'):
         raise UserError(f'The window is hann or none, got {window}.')
     mean = None

@@ -25,7 +25,7 @@ from gmnet_timm.errors import UserError
 from gmnet_timm.frequency.bands import SplitOptions, evaluate_bands
 from gmnet_timm.frequency.data import create_band_loader
 from gmnet_timm.frequency.extras import require_matplotlib, require_scipy
-from gmnet_timm.frequency.plots import Curves, plot_band_curves
+from gmnet_timm.frequency.plots import draw_band_curves, save_figure
 from gmnet_timm.frequency.reports import write_csv, write_json
 
 __all__ = ['SUBJECTS', 'StudySettings', 'format_summary', 'run_study', 'summarize']
@@ -117,12 +117,10 @@ def run_study(
     summary = summarize(rows)
     write_csv(summary, output / 'summary.csv')
     for family in families:
-        plot_band_curves(
-            _curves(summary, family),
-            output / f'{family}.png',
-            f'{family} on patches of photographs',
-            f'mean of {len(seeds)} seeds and its 95 % interval',
-        )
+        seeds_text = f'mean of {len(seeds)} seeds and its 95 % interval' if len(seeds) > 1 else 'one seed'
+        figure = draw_band_curves(
+            _curves(summary, family), f'{family} on patches of photographs, {seeds_text}', 100 / len(data.classes))
+        save_figure(figure, output / f'{family}.png')
     return summary
 
 
@@ -245,10 +243,11 @@ def _train_and_evaluate(
     return rows
 
 
-def _curves(summary: Sequence[dict[str, Any]], family: str) -> Curves:
-    curves: Curves = {}
+def _curves(summary: Sequence[dict[str, Any]], family: str) -> Any:
+    curves: dict[str, dict[tuple[str, str], list[tuple[float, ...]]]] = {}
     for row in summary:
         if row['family'] == family:
             points = curves.setdefault(row['label'], {}).setdefault((row['band'], row['radius']), [])
-            points.append((row['epoch'], *(math.nan if row[k] == '' else row[k] for k in ('top1', 'top1_low', 'top1_high'))))
+            values = (math.nan if row[key] == '' else row[key] for key in ('top1', 'top1_low', 'top1_high'))
+            points.append((row['epoch'], *values))
     return curves

@@ -1,0 +1,88 @@
+"""What a nonlinearity does to the spectrum of a Gaussian field: exact, by its expansion in Hermite polynomials.
+
+Let z be a stationary Gaussian field of unit variance with autocorrelation rho, and y = f(m + s z). With the normalised
+Hermite polynomials h_k (orthonormal under the normal density) and a_k = E[f(m + s Z) h_k(Z)], the mean product of y at
+two positions is R = sum over k of a_k^2 rho^k (Mehler's formula), and the power spectrum of y, aliasing included, is
+the DFT of R on the grid.
+"""
+import math
+from collections.abc import Callable
+
+import torch
+
+from gmnet_timm.frequency.split import bin_power
+
+__all__ = ['predict_independent', 'predict_pointwise']
+
+TERMS = 24
+
+
+def predict_pointwise(
+        function: Callable[[torch.Tensor], torch.Tensor],
+        mean: torch.Tensor,
+        power: torch.Tensor,
+        width: int,
+) -> torch.Tensor:
+    """Power spectrum of f(x) by radial bin, for channels that are Gaussian fields.
+
+    Args:
+        function: f, applied to each value.
+        mean: Mean of each channel, (C,).
+        power: Power spectrum of each channel, (C, H, W // 2 + 1), as of `power_spectrum`; the squared mean at [0, 0].
+        width: W.
+
+    Returns:
+        Mean over channels, (bins,), float64.
+    """
+    mean, power = mean.double().cpu(), power.double().cpu()
+    covariance = _autocorrelation(power, width) - mean.square()[:, None, None]
+    variance = covariance[:, 0, 0].clamp(min=0)
+    rho = covariance / variance.clamp(min=1e-30)[:, None, None]
+    coefficients, square = _hermite(function, mean, variance.sqrt())
+    r = torch.zeros_like(rho)
+    term = torch.ones_like(rho)
+    for k in range(TERMS):
+        r += coefficients[k].square()[:, None, None] * term
+        term = term * rho
+    # what the expansion leaves out falls as rho^TERMS or faster; its size is known from the second moment
+    rest = (square - coefficients.square().sum(0)).clamp(min=0)
+    return _radial(r + rest[:, None, None] * term)
+
+
+def predict_independent(gate: torch.Tensor, value: torch.Tensor, width: int) -> torch.Tensor:
+    """Power spectrum of the product of two independent stationary fields by radial bin, from their power spectra.
+
+    Args:
+        gate: Power spectrum of each channel, (C, H, W // 2 + 1).
+        value: The same of the other operand.
+        width: W.
+
+    Returns:
+        Mean over channels, (bins,), float64.
+    """
+    return _radial(_autocorrelation(gate.double().cpu(), width) * _autocorrelation(value.double().cpu(), width))
+
+
+def _autocorrelation(power: torch.Tensor, width: int) -> torch.Tensor:
+    return torch.fft.irfft2(power.to(torch.complex128), s=(power.shape[-2], width), norm='forward')
+
+
+def _radial(autocorrelation: torch.Tensor) -> torch.Tensor:
+    height, width = autocorrelation.shape[-2:]
+    power = torch.fft.rfft2(autocorrelation, norm='forward').real.clamp(min=0)
+    return bin_power(power.mean(0), height, width)
+
+
+def _hermite(
+        function: Callable[[torch.Tensor], torch.Tensor],
+        mean: torch.Tensor,
+        std: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Coefficients (TERMS, C) of f(mean + std Z), and its second moment (C,), by the rectangle rule on a fine grid."""
+    z = torch.linspace(-9, 9, 3601, dtype=torch.float64)
+    weight = torch.exp(-z.square() / 2) / math.sqrt(2 * math.pi) * (z[1] - z[0])
+    y = function((mean[:, None] + std[:, None] * z).float()).double()
+    polynomials = [torch.ones_like(z), z]
+    for k in range(1, TERMS - 1):
+        polynomials.append((z * polynomials[k] - math.sqrt(k) * polynomials[k - 1]) / math.sqrt(k + 1))
+    return torch.stack(polynomials) @ (y * weight).mT, (y.square() * weight).sum(-1)

@@ -1,0 +1,76 @@
+"""Fourier heat maps of models that go on where an earlier call stopped."""
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gmnet_timm.errors import UserError
+from gmnet_timm.frequency.heatmap import HeatmapPoint, directions, fourier_heatmap
+from gmnet_timm.frequency.reports import read_csv, write_csv
+from gmnet_timm.source import LoadedModel
+
+__all__ = ['run_heatmap']
+
+
+def run_heatmap(
+        model: LoadedModel,
+        loader: Iterable[tuple[torch.Tensor, torch.Tensor]],
+        amplitudes: Sequence[float],
+        path: Path,
+        *,
+        step: int = 8,
+        largest: int | None = None,
+        seed: int = 0,
+        batch_size: int = 64,
+        data: str = '',
+) -> dict[float, list[HeatmapPoint]]:
+    """Evaluate the frequencies that a table does not have yet, and write each one when it is known.
+
+    Args:
+        model: The model.
+        loader: Batches of normalised images (B, C, H, W) and labels, all of which are held in memory.
+        amplitudes: As for `fourier_heatmap`.
+        path: CSV file. Rows of other models, data and settings in it are kept.
+        step: As for `directions`.
+        largest: As for `directions`.
+        seed: As for `fourier_heatmap`.
+        batch_size: As for `fourier_heatmap`.
+        data: What the images are, to tell rows apart.
+
+    Returns:
+        Points by amplitude.
+    """
+    batches = list(loader)
+    if not batches:
+        raise UserError('There is no image to evaluate.')
+    images, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    config = model.data_config
+    frequencies = directions(images.shape[-2], images.shape[-1], step, largest)
+    rows: list[dict[str, Any]] = list(read_csv(path)) if path.is_file() else []
+    key = dict(
+        model=str(model.provenance.get('model', model.name)), weights_sha256=model.provenance.get('weights_sha256', ''),
+        data=data, seed=str(seed), input_size='x'.join(map(str, config['input_size'])),
+        crop_pct=str(config['crop_pct']),
+        interpolation=config['interpolation'], mean=' '.join(map(str, config['mean'])),
+        std=' '.join(map(str, config['std'])), count=str(len(images)))
+    found: dict[float, list[HeatmapPoint]] = {}
+    same = [row for row in rows if key.items() <= row.items()]
+    for amplitude in amplitudes:
+        known = {
+            (int(row['v']), int(row['u'])): HeatmapPoint(
+                int(row['v']), int(row['u']), amplitude, int(row['wrong']), int(row['count']))
+            for row in same if float(row['amplitude']) == amplitude
+        }
+
+        def write(point: HeatmapPoint) -> None:
+            rows.append({**key, **point.as_row()})
+            write_csv(rows, path)
+
+        missing = [frequency for frequency in frequencies if frequency not in known]
+        new = fourier_heatmap(
+            model.model, images, targets, config['std'], missing, amplitude, batch_size=batch_size, seed=seed,
+            on_point=write)
+        known.update({(point.v, point.u): point for point in new})
+        found[amplitude] = [known[frequency] for frequency in frequencies]
+    return found
