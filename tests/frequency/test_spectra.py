@@ -172,6 +172,18 @@ def test_gates_by_pattern():
         layer_spectra(model, _batches(1), gates=['stages.9.*'])
 
 
+def test_some_channels():
+    model, batches = _tiny_gmnet(), _batches(2)
+    layer = layer_spectra(model, batches, ['stages.1.0'], gates=['stages.0.1'], channels=3)
+    with torch.no_grad():
+        block = model.stages[0][1]
+        h = block.f1(block.dwconv(model.stages[0][0](model.stem(batches[0][0]))))[:, [0, 8, 16]]
+    _assert_power(layer[0].signals['product'], h.clamp(0, 6) * h)
+    assert layer[0].statistics.pre_gate_std == pytest.approx(h.std().item(), rel=1e-3)
+    with pytest.raises(UserError, match='channels'):
+        layer_spectra(model, batches, channels=0)
+
+
 # --- layouts ---------------------------------------------------------------------------------------------------------
 
 

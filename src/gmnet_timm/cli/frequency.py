@@ -165,6 +165,8 @@ def _add_layers(commands) -> None:
         '--kinds', nargs='+', default=['gate'], choices=['gate', 'activation', 'attention'],
         help='what counts as a gate: also activations, x * (f(x) / x), and products with channel or spatial weights '
              '(default: gate)')
+    parser.add_argument(
+        '--channels', type=int, metavar='N', help='look at N channels of each map, which is faster (default: all)')
     _add_maps(parser)
     _add_machine(parser, num_images=64)
     _add_figures(parser)
@@ -181,7 +183,7 @@ def _run_layers(args: argparse.Namespace) -> None:
         model = _load(args.model, args)
         layers = layer_spectra(
             model.model.to(machine.device), _loader(args, model, machine), args.modules, gates=args.gates,
-            kinds=args.kinds, layout=args.layout, window=args.window, show_progress=True)
+            kinds=args.kinds, layout=args.layout, window=args.window, channels=args.channels, show_progress=True)
     write_csv([row for layer in layers for row in layer.as_rows()], args.output / 'layers.csv')
     write_csv([layer.summary_row() for layer in layers], args.output / 'layers-summary.csv')
     if args.modules is None and args.gates is None:

@@ -120,6 +120,9 @@ def plot_gain(layer: LayerSpectrum, ax: Any = None) -> Any:
     ax.semilogy(radii, gain, label='after / before', markersize=3, **_LINES[0])
     ax.fill_between(radii, low, high, color='gray', alpha=.4, label='95 % interval over images')
     ax.axhline(1, color='gray', linewidth=.8, label='gain 1')
+    from matplotlib.ticker import LogFormatter
+    ax.yaxis.set_major_formatter('{x:g}')
+    ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, .4)))
     ax.grid(alpha=.3)
     return ax
 

@@ -182,6 +182,7 @@ def layer_spectra(
         kinds: Sequence[str] = ('gate',),
         layout: str | None = None,
         window: str | None = None,
+        channels: int | None = None,
         alias_images: int = 4,
         show_progress: bool = False,
 ) -> list[LayerSpectrum]:
@@ -196,6 +197,8 @@ def layer_spectra(
             squeeze-and-excitation), 'activation' (x * (f(x) / x)).
         layout: 'NCHW', 'NHWC', 'NLC' or 'NCL' where the layout of the named modules is known better than it is found.
         window: None or 'hann', as for `radial_power_spectrum`.
+        channels: Look at this many channels of each map, evenly spaced, None for all. Spectra of all channels can cost
+            more than the passes that they watch.
         alias_images: Number of images for aliased energy, 0 for none.
         show_progress: Show how far it is.
 
@@ -208,6 +211,8 @@ def layer_spectra(
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
         raise UserError(f'The kinds are {", ".join(KINDS)}, got {", ".join(unknown)}.')
+    if channels is not None and channels < 1:
+        raise UserError(f'The number of channels must be positive, got {channels}.')
     device = next(model.parameters(), torch.empty(0)).device
     batches = iter(loader)
     first = next(batches, None)
@@ -227,13 +232,13 @@ def layer_spectra(
         raise UserError('The model has no gates and no blocks that hold maps. Name the modules to look at.')
 
     spectra: dict[tuple[str, str], list[torch.Tensor]] = {}
-    collectors = {name: _Gate(kind, layouts_, window, alias_images) for name, (kind, layouts_) in gate_layouts.items()}
+    collectors = {name: _Gate(kind, layouts_, window, channels, alias_images) for name, (kind, layouts_) in gate_layouts.items()}
 
     def on_module(name: str, side: str, x: torch.Tensor) -> None:
         found_layout = layouts.get((name, side))
         if found_layout is not None:
             with recorder.pause() if recorder is not None else contextlib.nullcontext():
-                spectra.setdefault((name, side), []).append(_spectrum(found_layout.maps(x), window))
+                spectra.setdefault((name, side), []).append(_spectrum(_some(found_layout.maps(x), channels), window))
 
     def on_product(product: Product) -> None:
         if product.name in collectors:
@@ -327,6 +332,13 @@ def _spectrum(maps: torch.Tensor, window: str | None) -> torch.Tensor:
     return bin_power(power, *maps.shape[-2:]).double().cpu()
 
 
+def _some(maps: torch.Tensor, channels: int | None) -> torch.Tensor:
+    """Evenly spaced channels of maps (B, C, H, W)."""
+    if channels is None or channels >= maps.shape[1]:
+        return maps
+    return maps[:, torch.arange(channels, device=maps.device) * maps.shape[1] // channels]
+
+
 def _high_low(power: torch.Tensor, cutoff: int) -> float:
     low, high = power[1:cutoff + 1].sum().item(), power[cutoff + 1:].sum().item()
     return high / low if low and cutoff + 1 < len(power) else math.nan
@@ -357,6 +369,7 @@ class _Gate:
     kind: str
     layouts: tuple[Layout | None, ...]
     window: str | None
+    some_channels: int | None
     alias_images: int
     power: dict[str, list[torch.Tensor]] = field(default_factory=dict)
     channels: dict[str, list[Any]] = field(default_factory=dict)  # sums of means and of spectra by channel
@@ -369,19 +382,21 @@ class _Gate:
     def add(self, product: Product) -> None:
         self.function = self._function_of(product)
         operands = dict(gate=product.gate, value=product.value, product=product.product)
-        pre = product.pre_gate if product.pre_gate is not None else product.gate
-        lowest, highest = product.gate.aminmax()
-        low, high = ((product.gate == end).sum().item() for end in (lowest, highest))
-        both = lowest == highest
-        for i, number in enumerate((low, 0 if both else high, product.gate.numel())):
-            self.clipped[i] += int(number)
-        for name, x in (('pre', pre), ('gate', product.gate), ('value', product.value)):
-            self.moments[name].add(x)
-        maps = {}
-        for (name, x), layout in zip(operands.items(), self.layouts):
-            if layout is None:
-                continue
-            maps[name] = layout.maps(x)
+        maps = {
+            name: _some(layout.maps(x), self.some_channels)
+            for (name, x), layout in zip(operands.items(), self.layouts) if layout is not None
+        }
+        if self.kind != 'attention':
+            pre = maps['gate']
+            if product.pre_gate is not None and self.layouts[0] is not None:
+                pre = _some(self.layouts[0].maps(product.pre_gate), self.some_channels)
+            for name, x in (('pre', pre), ('gate', maps['gate']), ('value', maps['value'])):
+                self.moments[name].add(x)
+            lowest, highest = maps['gate'].aminmax()
+            low, high = ((maps['gate'] == end).sum().item() for end in (lowest, highest))
+            for i, number in enumerate((low, 0 if lowest == highest else high, maps['gate'].numel())):
+                self.clipped[i] += int(number)
+        for name in maps:
             maps[name] = maps[name] if maps[name].dtype == torch.float64 else maps[name].float()
             power = power_spectrum(maps[name], self.window)
             radial = bin_power(power.mean(1), *maps[name].shape[-2:])
