@@ -232,7 +232,10 @@ def layer_spectra(
         raise UserError('The model has no gates and no blocks that hold maps. Name the modules to look at.')
 
     spectra: dict[tuple[str, str], list[torch.Tensor]] = {}
-    collectors = {name: _Gate(kind, layouts_, window, channels, alias_images) for name, (kind, layouts_) in gate_layouts.items()}
+    collectors = {
+        name: _Gate(kind, layouts_, window, channels, alias_images)
+        for name, (kind, layouts_) in gate_layouts.items()
+    }
 
     def on_module(name: str, side: str, x: torch.Tensor) -> None:
         found_layout = layouts.get((name, side))
