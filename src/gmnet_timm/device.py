@@ -1,7 +1,7 @@
 """The device that a command runs on."""
 import torch
 
-from .errors import UserError
+from gmnet_timm.errors import UserError
 
 __all__ = ['resolve_device']
 

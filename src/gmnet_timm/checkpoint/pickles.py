@@ -5,10 +5,10 @@ can ask for any amount of memory (`bytearray(3_000_000_000)`, a tensor larger th
 and names are understood, tensors are descriptions of where their bytes lie, and what a pickle may take is bounded.
 """
 import argparse
+import dataclasses
 import pickletools
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 import torch
@@ -46,7 +46,7 @@ class ForeignPickleError(DamageError):
     """A pickle that is not one of a checkpoint, and that may run code where it is loaded."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Storage:
     """The bytes of one or several tensors, `nbytes` from `start` on in the stored ones named `key`."""
 
@@ -57,7 +57,7 @@ class Storage:
     nbytes: int
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class StoredTensor:
     """A tensor by where its bytes lie; offset and strides count elements."""
 
@@ -68,14 +68,14 @@ class StoredTensor:
     stride: tuple[int, ...]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Unread:
     """An object that torch would load and that weights have no use for, such as a sparse tensor or a layout."""
 
     what: str
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _Name:
     """A global that the pickle names."""
 

@@ -5,6 +5,7 @@ read as data (see `pickles`), so nothing in a file can run code or take more mem
 """
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -12,7 +13,6 @@ import stat
 import struct
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -43,7 +43,7 @@ class CheckpointError(UserError, ValueError):
     """A file that is not a usable checkpoint."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Checkpoint:
     """What a checkpoint file holds.
 
@@ -74,7 +74,7 @@ class Checkpoint:
         return dict(args) if isinstance(args, dict) else {}
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _TorchFile:
     """What the pickle of a torch file says, and where its tensors lie."""
 

@@ -4,10 +4,10 @@ Readers of zip files disagree about files that are not what they seem: two files
 entries that are marked as directories. So this reads only what `torch.save` and Python's zipfile write: entries that
 lie side by side from the first byte to the directory, in its order, and a directory that reaches to the end.
 """
+import dataclasses
 import struct
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from gmnet_timm.checkpoint.integrity import DamageError
 
@@ -30,7 +30,7 @@ _TWO_FILES = 'Its end does not fit its beginning, as if parts of two files were 
 _MAX_ENTRIES = 100_000  # there is one per tensor; this bounds the memory that a directory takes
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Record:
     """The bytes of one entry."""
 
@@ -39,7 +39,7 @@ class Record:
     crc: int
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _Entry:
     name: bytes
     flags: int

@@ -21,12 +21,12 @@ Left out, although free: cell, clock, retina and rocket, where a third or more o
 so that the lower do not test what was learnt from the upper (camera is such a photograph too: expect its patches to
 be most of the errors). Left out because no licence is stated: moon, motorcycle, page.
 """
+import dataclasses
 import importlib.util
 import json
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ MANIFEST = 'patches.json'
 PathLike = str | os.PathLike[str]
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class PhotoPatches:
     """A folder of greyscale patches that `timm.data.create_dataset` and train.py's `--data-dir` read.
 

@@ -5,12 +5,12 @@ structure, on rows of them that it has not seen. What it does not: how well GmNe
 and anything about its quality on ImageNet.
 """
 import argparse
+import dataclasses
 import importlib.util
 import random
 import sys
 import time
 import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,7 +38,7 @@ from gmnet_timm.training.run import ARGS_NAME, SUMMARY_NAME, read_args, read_sum
 __all__ = ['DemoReport', 'run_demo']
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class DemoReport:
     """What a demo reached and where everything is. Accuracies are in percent, as in `summary.csv`."""
     data: Path

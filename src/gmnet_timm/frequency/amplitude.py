@@ -1,6 +1,6 @@
 """Relative log amplitude of features by depth (Park & Kim 2022, arXiv 2202.06709)."""
+import dataclasses
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from gmnet_timm.frequency.tracing import trace, watch_modules
 __all__ = ['LogAmplitude', 'log_amplitudes', 'relative_log_amplitude']
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class LogAmplitude:
     """Relative log amplitude of one layer's output.
 

@@ -1,7 +1,7 @@
 """Accuracy of a classifier on images with only some of their frequencies: low-pass, high-pass, band-pass, band-stop."""
 import contextlib
+import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ SPACES = ('normalized', 'pixels')
 BANDS = ('low', 'high', 'band-pass', 'band-stop')
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class SplitOptions:
     """What the paper's definition leaves open. The defaults are its words and nothing more.
 
@@ -44,7 +44,7 @@ class SplitOptions:
             raise UserError(f'The split acts on one of {", ".join(SPACES)}, got {self.space}.')
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Band:
     """Which frequencies of an image are kept.
 
@@ -66,7 +66,7 @@ class Band:
         return f'{self.kind} {inner}{self.radius:g}'
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class BandAccuracy:
     """How many images of one band were classified correctly."""
 

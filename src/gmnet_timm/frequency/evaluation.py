@@ -4,7 +4,6 @@ import platform
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from gmnet_timm.training.run import ARGS_NAME, epoch_checkpoints, read_args
 __all__ = ['EvalSettings', 'evaluate_model', 'evaluate_runs', 'report_rows']
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class EvalSettings:
     """What decides the numbers of an evaluation beside the model. Radii are in cycles per image."""
 
@@ -100,7 +99,7 @@ def evaluate_model(
         num_classes=getattr(model.model, 'num_classes', None),
         skipped=loader.skipped,
         ignored=loader.ignored,
-        settings=asdict(settings),
+        settings=dataclasses.asdict(settings),
         data_config=config,
         batch_size=batch_size,
         world_size=world_size,
@@ -188,7 +187,7 @@ def _settings_columns(report: dict[str, Any]) -> dict[str, Any]:
 
 def _requested(settings: EvalSettings) -> dict[str, str]:
     """The settings as text, for columns and for recognising what has been done."""
-    fields = asdict(settings)
+    fields = dataclasses.asdict(settings)
     fields.update(fields.pop('options'))
     fields['radii'] = ' '.join(f'{radius:g}' for radius in settings.radii)
     fields['kinds'] = ' '.join(settings.kinds)

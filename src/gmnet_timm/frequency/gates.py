@@ -1,10 +1,10 @@
 """Where does a model multiply features by features? Its gates, found by running it once."""
 import contextlib
+import dataclasses
 import functools
 import operator
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from gmnet_timm.errors import UserError
 __all__ = ['Product', 'Tap', 'find_gates', 'find_products']
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Tap:
     """A tensor that a hook can read: the first argument of a module's forward pass, or what it returns."""
 
@@ -28,7 +28,7 @@ class Tap:
     is_output: bool
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Product:
     """An elementwise multiplication of two tensors that both depend on the model's input.
 

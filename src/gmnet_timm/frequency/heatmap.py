@@ -1,7 +1,7 @@
 """Error of a classifier under Fourier basis perturbations, by direction and frequency (Yin et al. 2019, 1906.08988)."""
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from gmnet_timm.frequency.progress import progress
 __all__ = ['HeatmapPoint', 'directions', 'fourier_basis', 'fourier_heatmap', 'radial_summary']
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class HeatmapPoint:
     """Errors under one perturbation.
 

@@ -1,6 +1,6 @@
 """Spectrum of a classifier's input gradients: to which frequencies of a pixel change does its loss respond?"""
+import dataclasses
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from gmnet_timm.frequency.split import modes_per_bin, radial_power_spectrum
 __all__ = ['Sensitivity', 'input_sensitivity']
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Sensitivity:
     """Power spectrum of input gradients.
 

@@ -1,12 +1,12 @@
 """Radial power spectra of a model's features: before and after its modules, and of both operands of its gates."""
 import contextlib
+import dataclasses
 import fnmatch
 import functools
 import itertools
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ __all__ = ['GateStatistics', 'LayerSpectrum', 'Signal', 'find_blocks', 'layer_sp
 KINDS = ('gate', 'activation', 'attention')
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Signal:
     """Power of one tensor, the mean over its channels.
 
@@ -53,7 +53,7 @@ class Signal:
         return _high_low(self.power.mean(0), self.cutoff)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class GateStatistics:
     """What a gate does beside its spectra.
 
@@ -83,7 +83,7 @@ class GateStatistics:
     theory: str
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class LayerSpectrum:
     """Spectra of one module or one gate.
 
@@ -347,7 +347,7 @@ def _high_low(power: torch.Tensor, cutoff: int) -> float:
     return high / low if low and cutoff + 1 < len(power) else math.nan
 
 
-@dataclass
+@dataclasses.dataclass
 class _Moments:
     """Sums of values, for a mean and a standard deviation."""
 
@@ -365,7 +365,7 @@ class _Moments:
         return math.sqrt(max(0., self.square / self.count - (self.total / self.count) ** 2))
 
 
-@dataclass
+@dataclasses.dataclass
 class _Gate:
     """Collects what is measured of one gate over batches."""
 
@@ -374,11 +374,12 @@ class _Gate:
     window: str | None
     some_channels: int | None
     alias_images: int
-    power: dict[str, list[torch.Tensor]] = field(default_factory=dict)
-    channels: dict[str, list[Any]] = field(default_factory=dict)  # sums of means and of spectra by channel
-    moments: dict[str, _Moments] = field(default_factory=lambda: {k: _Moments() for k in ('pre', 'gate', 'value')})
-    clipped: list[int] = field(default_factory=lambda: [0, 0, 0])
-    aliased: list[float] = field(default_factory=lambda: [0., 0.])
+    power: dict[str, list[torch.Tensor]] = dataclasses.field(default_factory=dict)
+    channels: dict[str, list[Any]] = dataclasses.field(default_factory=dict)  # sums of means and of spectra by channel
+    moments: dict[str, _Moments] = dataclasses.field(
+        default_factory=lambda: {k: _Moments() for k in ('pre', 'gate', 'value')})
+    clipped: list[int] = dataclasses.field(default_factory=lambda: [0, 0, 0])
+    aliased: list[float] = dataclasses.field(default_factory=lambda: [0., 0.])
     seen: int = 0
     function: Any = None
 

@@ -4,11 +4,11 @@ What varies with the seed is everything random in training: initialisation, orde
 same for all, so that the intervals say how far another training on these photographs could lie, and nothing about other
 photographs.
 """
+import dataclasses
 import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,7 @@ _LAST_EPOCH = {
 }
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class StudySettings:
     """What decides the numbers of a run beside its model and its seed.
 
@@ -177,7 +177,7 @@ def _run_name(family: str, label: str) -> str:
 
 
 def _as_json(settings: StudySettings) -> dict[str, Any]:
-    return json.loads(json.dumps(asdict(settings)))  # lists for tuples
+    return json.loads(json.dumps(dataclasses.asdict(settings)))  # lists for tuples
 
 
 def _read_run(path: Path, settings: StudySettings) -> dict[str, Any]:
@@ -203,7 +203,7 @@ def _run(
         model_args=model_args,
         seed=seed,
         settings=_as_json(settings),
-        options={band: asdict(options) for band, options in {'high': SplitOptions(), **_LAST_EPOCH}.items()},
+        options={band: dataclasses.asdict(options) for band, options in {'high': SplitOptions(), **_LAST_EPOCH}.items()},
         seconds=round(time.perf_counter() - start, 1),
         device=str(device),
         threads=torch.get_num_threads(),

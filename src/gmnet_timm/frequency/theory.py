@@ -14,8 +14,8 @@ The amplitude of harmonic n is |c_n|, c_0 is the mean. The closed forms:
 
 Activations alone (`gate=False` in `measured_harmonics`) fall as n^-2 for relu and relu6, whose slope jumps at 0.
 """
+import dataclasses
 import math
-from dataclasses import dataclass
 
 import torch
 from timm.layers import get_act_layer
@@ -27,7 +27,7 @@ __all__ = ['ACTIVATIONS', 'Harmonics', 'closed_form_harmonics', 'compare_harmoni
 ACTIVATIONS = ('identity', 'relu', 'gelu', 'relu6')
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Harmonics:
     """Amplitudes of the harmonics 0, 1, 2, … of act(x) * x for x = A sin(t), and how fast they fall."""
 

@@ -8,11 +8,11 @@ convolution) hands them on, what shrinks or enlarges maps interpolates them, and
 tensor: maps with channels first or last, tokens with or without prefix, or windows.
 """
 import contextlib
+import dataclasses
 import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ _ACTIVATIONS = re.compile(
 _REDUCTIONS = {'mean', 'sum', 'var', 'var_mean', 'std', 'linalg_vector_norm', 'amax', 'max'}
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Layout:
     """How a tensor is read as maps.
 
@@ -75,7 +75,7 @@ class Layout:
         return x.unflatten(-1, self.size)
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Product:
     """One elementwise product of two tensors that both depend on the image, or one activation read as a gate.
 
@@ -99,7 +99,7 @@ class Product:
     kind: str
 
 
-@dataclass
+@dataclasses.dataclass
 class Trace:
     """What one forward pass did.
 
@@ -233,7 +233,7 @@ def stated_layout(name: str, shape: torch.Size, images: torch.Size, prefix: int 
     return Layout(name, (axis,), torch.arange(prefix, shape[axis]), (height, count // height))
 
 
-@dataclass
+@dataclasses.dataclass
 class _Note:
     """What is known of a tensor that depends on the image."""
 
