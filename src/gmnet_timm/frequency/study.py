@@ -203,7 +203,8 @@ def _run(
         model_args=model_args,
         seed=seed,
         settings=_as_json(settings),
-        options={band: dataclasses.asdict(options) for band, options in {'high': SplitOptions(), **_LAST_EPOCH}.items()},
+        options={
+            band: dataclasses.asdict(options) for band, options in {'high': SplitOptions(), **_LAST_EPOCH}.items()},
         seconds=round(time.perf_counter() - start, 1),
         device=str(device),
         threads=torch.get_num_threads(),
