@@ -68,3 +68,13 @@ def test_wrong_arguments(argv):
     with pytest.raises(SystemExit) as e:
         cli.main(argv)
     assert e.value.code == 2
+
+
+@pytest.mark.parametrize('argv', [['--version'], ['--help'], ['freq', '--help'], ['push', '--help']])
+def test_help_needs_neither_torch_nor_timm(argv):
+    """They take seconds to import. Python's own list of what was imported, not a clock."""
+    command = [sys.executable, '-X', 'importtime', '-m', 'gmnet_timm', *argv]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    imported = {line.rsplit('|', 1)[-1].strip().split('.')[0] for line in done.stderr.splitlines()}
+    assert 'gmnet_timm' in imported
+    assert not imported & {'torch', 'torchvision', 'timm', 'numpy', 'huggingface_hub', 'matplotlib', 'scipy', 'PIL'}
