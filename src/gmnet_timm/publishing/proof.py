@@ -47,12 +47,13 @@ def prove_folder(source: Source, folder: Path, stated: bool) -> Proof:
     try:
         original, what = _original(source)
         loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+        alike = stated or _same_preprocessing(source, original, loaded)
     except (AssertionError, AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as e:
-        raise UserError(f'timm cannot load the model: {" ".join(str(e).split())[:300]}') from e
+        raise UserError(f'timm cannot load the model and its preprocessing: {" ".join(str(e).split())[:300]}') from e
     if not same_logits(original, loaded):
         raise UserError(
             f'What timm loads back from the files does not compute the logits of {what}. Nothing was published.')
-    if not stated and not _same_preprocessing(source, original, loaded):
+    if not alike:
         raise UserError(
             f'What timm loads back from the files prepares images otherwise than {what}. Nothing was published.')
     return Proof(what)
