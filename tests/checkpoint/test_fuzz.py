@@ -156,6 +156,8 @@ def headers(files: Files, rng: random.Random) -> tuple[str, bytes]:
     return kind, craft_zip(entries, **options, **end)
 
 
+FROM_CPU = getattr(torch._utils, '_rebuild_device_tensor_from_cpu_tensor', None) \
+    or torch._utils._rebuild_device_tensor_from_numpy  # torch 2.5 has only this one
 HOSTILE: list[Callable[[], object]] = [
     lambda: Call(os.system, f'touch {CANARY}'),
     lambda: Call(eval, f'open({CANARY!r}, "w")'),
@@ -171,8 +173,7 @@ HOSTILE: list[Callable[[], object]] = [
     lambda: storage(1 << 40),
     lambda: Call(
         torch._utils._rebuild_qtensor, storage(6), 0, (1 << 32,), (1,), (torch.per_tensor_affine, 1., 0), False, {}),
-    lambda: Call(
-        torch._utils._rebuild_device_tensor_from_cpu_tensor, tensor(6, (1 << 32,), (0,)), torch.float64, 'cpu', False),
+    lambda: Call(FROM_CPU, tensor(6, (1 << 32,), (0,)), torch.float64, 'cpu', False),
     lambda: Call(collections.OrderedDict, [('a', Call(os.system, f'touch {CANARY}'))]),
 ]
 
