@@ -77,7 +77,7 @@ def test_sensitivity(folder, tmp_path, capsys):
 
 def test_layers_of_a_transformer(folder, tmp_path, capsys):
     assert _run(folder, tmp_path, 'layers', models=['test_vit']) == 0
-    assert 'blocks, as the model has no gates' in capsys.readouterr().out
+    assert ', as the model has no gates' in capsys.readouterr().out
     assert {row['layout'] for row in _rows(tmp_path / 'layers.csv')} == {'NLC'}
     argv = ['--kinds', 'activation', '--gates', 'blocks.*']
     assert _run(folder, tmp_path / 'b', 'layers', *argv, models=['test_vit']) == 0

@@ -352,6 +352,18 @@ def test_blocks_of_a_model_without_gates():
     assert {layer.kind for layer in layers} == {'module'}
 
 
+@pytest.mark.parametrize('name, blocks', [
+    ('gmnet_s1', ['stem.0', 'stages.0.0.0', 'stages.0.1', 'stages.0.2', 'stages.1.0.0']),
+    ('starnet_s1', ['stem.0', 'stages.0.0', 'stages.0.1', 'stages.0.2', 'stages.1.0']),
+    ('efficientnet_b0', ['blocks.0.0', 'blocks.1.0', 'blocks.1.1', 'blocks.2.0', 'blocks.2.1']),
+])
+def test_parts_of_blocks_are_not_blocks(name, blocks):
+    """f1, dwconv2 and bn1 end with a digit too, and have parts."""
+    from gmnet_timm.frequency import find_blocks
+    from gmnet_timm.frequency.tracing import trace
+    assert find_blocks(trace(timm.create_model(name).eval(), torch.randn(2, 3, 64, 64)))[:5] == blocks
+
+
 def test_hooks_are_removed_whatever_happens():
     model = _tiny_gmnet()
     layer_spectra(model, _batches(1))

@@ -95,9 +95,12 @@ def _run_curves(args: argparse.Namespace) -> None:
             return
     print(table)
     curves: dict[str, Any] = {}
+    models = {row['run']: row['model'] for row in rows}
+    names = list(models.values())
     for row in rows:
+        label = row['model'] if names.count(row['model']) == 1 else f'{row["model"]} {Path(row["run"]).name}'
         radius = '-'.join(filter(None, [row['inner_radius'], row['radius']]))
-        points = curves.setdefault(Path(row['run']).name, {}).setdefault((row['band'], radius), [])
+        points = curves.setdefault(label, {}).setdefault((row['band'], radius), [])
         points.append((int(row['epoch']), *(float(row[name]) for name in ('top1', 'top1_low', 'top1_high'))))
     chance = _chance([int(row['num_classes']) if row['num_classes'] else None for row in rows])
     title = 'Accuracy by epoch, bars: 95 % intervals over images'
@@ -187,8 +190,9 @@ def _run_layers(args: argparse.Namespace) -> None:
     write_csv([row for layer in layers for row in layer.as_rows()], args.output / 'layers.csv')
     write_csv([layer.summary_row() for layer in layers], args.output / 'layers-summary.csv')
     if args.modules is None and args.gates is None:
-        kind = 'gates' if layers[0].kind != 'module' else 'blocks, as the model has no gates of this kind'
-        print(f'{len(layers)} {kind}')
+        plural = '' if len(layers) == 1 else 's'
+        print(f'{len(layers)} gate{plural}' if layers[0].kind != 'module'
+              else f'{len(layers)} block{plural}, as the model has no gates of this kind')
     for layer in layers:
         print(_describe_layer(layer))
     print(f'{args.output / "layers.csv"}, {args.output / "layers-summary.csv"}')

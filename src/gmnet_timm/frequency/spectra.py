@@ -164,7 +164,7 @@ def find_blocks(found: Trace) -> list[str]:
     """The blocks of a model: called modules with parts, numbered in their names, that contain no other such module."""
     numbered = {
         name for (name, side), layout in found.modules.items()
-        if side == 'output' and layout is not None and re.search(r'\d$', name) and '#' not in name
+        if side == 'output' and layout is not None and re.search(r'(^|[._])\d+$', name) and '#' not in name
         and any(True for _ in found.classes[name].children())
     }
     return [
