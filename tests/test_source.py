@@ -293,3 +293,17 @@ def test_models_of_one_input_size(tmp_path):
     load_model(f'test_vit={tmp_path / "vit.pth"}')
     with pytest.raises(UserError, match='takes images of 160 pixels, not 96'):
         load_model(f'test_vit={tmp_path / "vit.pth"}', preprocessing=dict(img_size=96))
+
+
+def test_tuples_of_a_checkpoint_are_the_lists_of_its_args_yaml(tmp_path):
+    """train.py writes `depths=(1,1)` as a tuple into the checkpoint and as a list into args.yaml, for any model."""
+    kwargs = dict(layers=(1, 1, 1, 1), channels=(8, 8, 16, 16))
+    model = timm.create_model('test_resnet', num_classes=3, **kwargs).eval()
+    args = dict(model='test_resnet', num_classes=3, in_chans=None, gp=None, model_kwargs=kwargs)
+    lists = {key: list(value) for key, value in kwargs.items()}
+    (tmp_path / 'args.yaml').write_text(yaml.safe_dump({**args, 'model_kwargs': lists}))
+    write_checkpoint(tmp_path / 'last.pth.tar', model, args=argparse.Namespace(**args))
+    assert_same(load_model(str(tmp_path)).model, model)
+    (tmp_path / 'args.yaml').write_text(yaml.safe_dump({**args, 'model_kwargs': dict(layers=[1, 1, 1, 2])}))
+    with pytest.raises(UserError, match='describe different models'):
+        load_model(str(tmp_path))

@@ -70,7 +70,7 @@ class ModelDescription:
             return self.model_args
         known = {**_gmnet_defaults(), **dataclasses.asdict(size_architecture(self.size)), **self.model_args}
         known['init_values'] = 1e-6 if known['init_values'] else 0.  # its value is in the tensors, if there are any
-        return {key: list(value) if isinstance(value, (list, tuple)) else value for key, value in known.items()}
+        return {key: _as_json(value) for key, value in known.items()}
 
     @property
     def distinct_args(self) -> dict[str, Any]:
@@ -261,7 +261,7 @@ def _checked(name: str, args: dict[str, Any], where: str, assumed: tuple[str, ..
     for key, value in args.items():
         if not _is_json(value):
             raise UserError(f'{where}: {key} {value!r} cannot be carried over, config.json has no way to write it.')
-    return ModelDescription(name, args, assumed)
+    return ModelDescription(name, {key: _as_json(value) for key, value in args.items()}, assumed)
 
 
 def _is_json(value: Any) -> bool:
@@ -270,6 +270,13 @@ def _is_json(value: Any) -> bool:
     if isinstance(value, dict):
         return all(isinstance(key, str) and _is_json(item) for key, item in value.items())
     return isinstance(value, (str, bool, int)) or value is None or isinstance(value, float) and math.isfinite(value)
+
+
+def _as_json(value: Any) -> Any:
+    """A value as JSON and YAML give it back, with lists for tuples, however deep."""
+    if isinstance(value, dict):
+        return {key: _as_json(item) for key, item in value.items()}
+    return [_as_json(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
 def _items(value: Any) -> list[Any]:
