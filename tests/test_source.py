@@ -12,6 +12,7 @@ from conftest import create
 from gmnet_timm.checkpoint.convert import convert
 from gmnet_timm.cli.main import main
 from gmnet_timm.errors import UserError
+from gmnet_timm.publishing.proof import same_logits
 from gmnet_timm.source import load_model, read_source
 
 TINY = dict(base_dim=4, depths=[1, 1, 1, 1], mlp_ratios=[2, 2, 2, 2], stem_chs=4)
@@ -307,3 +308,33 @@ def test_tuples_of_a_checkpoint_are_the_lists_of_its_args_yaml(tmp_path):
     (tmp_path / 'args.yaml').write_text(yaml.safe_dump({**args, 'model_kwargs': dict(layers=[1, 1, 1, 2])}))
     with pytest.raises(UserError, match='describe different models'):
         load_model(str(tmp_path))
+
+
+def test_folders_of_other_models_are_loaded_by_timm(tmp_path):
+    """timm knows what belongs to them: here, a ViT of another image size than its name's."""
+    vit = timm.create_model('test_vit', num_classes=3, img_size=96).eval()
+    timm.models.save_for_hf(vit, str(tmp_path / 'vit'), model_args=dict(img_size=96), safe_serialization=True)
+    loaded = load_model(f'local-dir:{tmp_path / "vit"}')
+    image = torch.randn(1, 3, 96, 96)
+    with torch.no_grad():
+        assert torch.equal(loaded.model(image), vit(image))
+
+
+def test_same_logits_of_models_that_overflow():
+    """Different where only one overflows or only bright images tell; an image that overflows in both tells nothing."""
+    class Net(torch.nn.Module):
+        in_chans = 3
+
+        def __init__(self, function):
+            super().__init__()
+            self.function = function
+
+        def forward(self, x):
+            return self.function(x).flatten(1)
+
+    relu, relu6, square = Net(torch.relu), Net(lambda x: x.clamp(0, 20)), Net(lambda x: x * 1e37)
+    clipped = Net(lambda x: (x * 1e37).clamp(-3e38, 3e38))
+    assert same_logits(relu, relu) and same_logits(square, square)
+    assert not same_logits(relu, relu6) and not same_logits(square, clipped) and not same_logits(clipped, square)
+    infinite = Net(lambda x: x / 0)
+    assert not same_logits(infinite, infinite)

@@ -11,11 +11,12 @@ from typing import Any
 
 import timm
 from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError
 from timm.models._hub import hf_split
 from torch import nn
 
 from gmnet_timm.checkpoint.class_names import check_class_names, read_class_names
-from gmnet_timm.checkpoint.config import CONFIG_NAME, WEIGHTS_NAME, Config, read_config
+from gmnet_timm.checkpoint.config import CARD_NAME, CONFIG_NAME, REQUEST_ERRORS, WEIGHTS_NAME, Config, read_config
 from gmnet_timm.checkpoint.description import (
     ModelDescription,
     describe_config,
@@ -112,8 +113,8 @@ def read_source(
     """Read a model from files.
 
     Args:
-        spec: A checkpoint file, an output folder of timm's train.py, a folder that timm loads as `local-dir:`, or
-            `NAME=FILE` for a checkpoint of the registered model NAME.
+        spec: A checkpoint file, an output folder of timm's train.py, a folder or repository that timm loads as
+            `local-dir:` or `hf-hub:`, or `NAME=FILE` for a checkpoint of the registered model NAME.
         checkpoint: Name of the file to take from an output folder, by default its best checkpoint, else its last.
         use_ema: Take EMA weights where there are any.
         model_kwargs: Arguments of `timm.create_model` that the source leaves open.
@@ -123,7 +124,8 @@ def read_source(
     Raises:
         UserError: Something is missing, contradicts the tensors, or cannot be carried over; the message says what.
     """
-    name, path = _split_spec(spec)
+    is_remote = str(spec).startswith(('hf-hub:', 'hf_hub:'))
+    name, path = (None, _download(str(spec))) if is_remote else _split_spec(spec)
     folder = path if path.is_dir() else None
     weights = read_checkpoint(_find_weights(path, checkpoint), use_ema=use_ema)
     config = read_config(weights.path.parent) if _has_config(weights.path, folder) else None
@@ -187,18 +189,18 @@ def load_model(
     Raises:
         UserError: There is no such model, no weights for it, or they do not fit.
     """
-    if '=' in spec or spec.startswith('local-dir:') or Path(spec).exists():
+    timm_name = _timm_name(spec)
+    if timm_name is None:
         return _from_files(read_source(
             spec, checkpoint=checkpoint, use_ema=use_ema, model_kwargs=model_kwargs, preprocessing=preprocessing))
     try:
-        args = {**_input_args(spec, preprocessing), **(model_kwargs or {})}
-        model = timm.create_model(spec, pretrained=True, **args).eval()
+        args = {**_input_args(timm_name, preprocessing), **(model_kwargs or {})}
+        model = timm.create_model(timm_name, pretrained=True, **args).eval()
     except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as e:
         near = '' if is_model_name(spec) or ':' in spec else f' {near_names(spec)}'
         raise UserError(
             f'{spec} is not a file, and timm cannot create a model with weights from it: {e}.{near}') from e
-    if spec.startswith(('hf-hub:', 'hf_hub:')):
-        _check_hub_weights(spec, model)
+    _check_recorded(timm_name, model)
     cfg: dict[str, Any] = vars(model).get('pretrained_cfg') or {}
     labels = cfg.get('label_names')
     return LoadedModel(
@@ -208,6 +210,18 @@ def load_model(
         class_names=list(labels) if labels else None,
         provenance=dict(model=spec, model_args=model_kwargs or {}, weights_sha256=weights_sha256(model.state_dict())),
     )
+
+
+def _timm_name(spec: str) -> str | None:
+    """What `timm.create_model` takes, None for files that are read here.
+
+    timm itself loads folders of other models: it resizes position embeddings, renames tensors, and takes other formats.
+    """
+    _, path = _split_spec(spec)
+    if path.is_dir() and (path / CONFIG_NAME).is_file():
+        ours = (path / WEIGHTS_NAME).is_file() and describe_config(read_config(path)).is_gmnet
+        return None if ours else f'local-dir:{path}'
+    return None if '=' in spec or spec.startswith('local-dir:') or path.exists() else spec
 
 
 def _from_files(source: Source) -> LoadedModel:
@@ -351,13 +365,33 @@ def _model_chans(model: nn.Module, cfg: dict[str, Any]) -> int:
     return chans if isinstance(chans, int) else (cfg.get('input_size') or (3,))[0]
 
 
-def _check_hub_weights(spec: str, model: nn.Module) -> None:
-    """Compare what timm loaded from a repository with the SHA-256 that its file records, where it records one."""
-    repo_id, revision = hf_split(spec.partition(':')[2])
-    path = None
-    with contextlib.suppress(OSError, ValueError):  # the repository has no such file
-        path = hf_hub_download(repo_id, WEIGHTS_NAME, revision=revision)
-    recorded = read_metadata(path).get(SHA256_KEY) if path is not None else None
+def _check_recorded(name: str, model: nn.Module) -> None:
+    """Compare the weights that timm loaded with the SHA-256 that their file records, where it records one."""
+    scheme, _, where = name.partition(':')
+    path: str | Path | None = None
+    if scheme == 'local-dir':
+        path = Path(where, WEIGHTS_NAME)
+    elif scheme in ('hf-hub', 'hf_hub'):
+        with contextlib.suppress(OSError, ValueError):  # the repository has no such file
+            repo_id, revision = _repository(name)
+            path = hf_hub_download(repo_id, WEIGHTS_NAME, revision=revision)
+    recorded = read_metadata(path).get(SHA256_KEY) if path is not None and Path(path).is_file() else None
     if recorded is not None and recorded != weights_sha256(model.state_dict()):
         raise CheckpointError(
-            f'{spec} is damaged: the weights that timm loaded do not have the SHA-256 that they record.')
+            f'{name} is damaged: the weights that timm loaded do not have the SHA-256 that they record.')
+
+
+def _repository(name: str) -> tuple[str, str | None]:
+    return hf_split(name.partition(':')[2])
+
+
+def _download(name: str) -> Path:
+    """The folder in the cache with weights, configuration and card of a repository."""
+    repo_id, revision = _repository(name)
+    try:
+        with contextlib.suppress(EntryNotFoundError):
+            hf_hub_download(repo_id, CARD_NAME, revision=revision)
+        hf_hub_download(repo_id, CONFIG_NAME, revision=revision)
+        return Path(hf_hub_download(repo_id, WEIGHTS_NAME, revision=revision)).parent
+    except REQUEST_ERRORS as e:
+        raise UserError(f'{name} cannot be read: {" ".join(str(e).split())[:300]}') from e

@@ -397,6 +397,23 @@ def test_pull_request_private_revision(run, hub, checkpoint):
     assert 'num_classes=3' in succeed(run('verify', 'owner/tiny'))
 
 
+def test_a_repository_is_a_source(run, hub, tmp_path, checkpoint, names, monkeypatch):
+    """Everything reads a published model from the Hub, as it reads a folder; a prefix decides where both exist."""
+    monkeypatch.chdir(tmp_path)
+    succeed(run('push', checkpoint, 'owner/tiny', '--class-names', names, '--model-kwargs', 'act_layer=gelu'))
+    assert "act_layer='gelu'" in succeed(run('info', 'hf-hub:owner/tiny'))
+    succeed(run('save', 'hf-hub:owner/tiny', 'copy'))
+    assert (tmp_path / 'copy' / 'model.safetensors').read_bytes() == hub.files('owner/tiny')['model.safetensors']
+    assert json.loads((tmp_path / 'copy' / 'config.json').read_text())['label_names'] == LABELS
+    succeed(run('convert', 'hf-hub:owner/tiny', 'tiny.safetensors'))
+    assert 'hf-hub:owner/nothing cannot be read' in run('info', 'hf-hub:owner/nothing')[2]
+    (tmp_path / 'owner').mkdir()
+    (tmp_path / 'copy').rename(tmp_path / 'owner' / 'tiny')
+    assert 'commit' not in succeed(run('verify', 'owner/tiny'))
+    assert 'commit' in succeed(run('verify', 'hf-hub:owner/tiny'))
+    refused(run('verify', 'nowhere'), 'neither a folder nor the owner/name')
+
+
 def test_dry_run_sends_nothing(run, hub, tmp_path, checkpoint, names, monkeypatch):
     """It writes the very files that a push sends."""
     monkeypatch.chdir(tmp_path)

@@ -4,15 +4,22 @@ import json
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HfHubHTTPError
 from timm.models._hub import load_model_config_from_hf
 
 from gmnet_timm.errors import UserError
 
-__all__ = ['CARD_NAME', 'CONFIG_NAME', 'WEIGHTS_NAME', 'Config', 'read_config', 'read_hub_config', 'read_text']
+__all__ = [
+    'CARD_NAME', 'CONFIG_NAME', 'REQUEST_ERRORS', 'WEIGHTS_NAME', 'Config', 'read_config', 'read_hub_config', 'read_text',
+]
 
 WEIGHTS_NAME = 'model.safetensors'
 CONFIG_NAME = 'config.json'
 CARD_NAME = 'README.md'
+
+# What huggingface_hub raises when a request fails, whichever HTTP library it uses: they share these ancestors.
+# It wraps failed uploads in RuntimeError, and takes broken answers for ValueError or KeyError.
+REQUEST_ERRORS: tuple[Any, ...] = (OSError, RuntimeError, ValueError, KeyError, *HfHubHTTPError.__bases__)
 
 _MAX_BYTES = 10_000_000  # thousands of class names with their descriptions are far smaller
 _MAX_PIXELS = 2 ** 14  # of a side
@@ -78,7 +85,7 @@ def read_hub_config(name: str, where: str) -> Config:
         return read_config(Path(model_id))
     try:
         cfg, architecture, model_args = load_model_config_from_hf(model_id)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AssertionError) as e:
+    except (*REQUEST_ERRORS, TypeError, AssertionError) as e:
         raise UserError(
             f'{where} names the model {name}, whose config.json has to be read and cannot be: '
             f'{" ".join(str(e).split())[:300]}') from e

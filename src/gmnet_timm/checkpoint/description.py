@@ -45,8 +45,8 @@ class ModelDescription:
 
     Attributes:
         name: Name of a model in timm's registry.
-        model_args: Every argument of `timm.create_model` that changes what the model computes or the shapes of its
-            tensors, and differs from the default of `name`. Values are those of JSON.
+        model_args: Arguments of `timm.create_model` that change what the model computes or the shapes of its tensors.
+            What is not among them has the default of `name`. Values are those of JSON.
         assumed: Names of arguments that no source states, so that the defaults of `name` had to be assumed.
     """
 

@@ -31,7 +31,8 @@ def _run_info(args: argparse.Namespace) -> None:
 
     if args.model is None:
         print(format_table([model_info(name) for name in PAPER]))
-    elif Path(args.model.partition('=')[2] or args.model.removeprefix('local-dir:')).exists():
+    elif args.model.startswith('hf-hub:') or Path(args.model.partition('=')[2] or args.model.removeprefix(
+            'local-dir:')).exists():
         source = read_source(args.model, **description(args))
         print('\n'.join(map(printable, format_source(source).splitlines())))
         print_notes(source.notes)

@@ -6,7 +6,7 @@ from typing import Any
 from gmnet_timm.errors import UserError, printable
 
 PREPROCESSING = ('img_size', 'crop_pct', 'interpolation', 'mean', 'std')
-SOURCES = "checkpoint file, output folder of train.py, folder with config.json, or NAME=FILE for timm's model NAME"
+SOURCES = "checkpoint file, output folder of train.py, folder or hf-hub: repository, or NAME=FILE for timm's model NAME"
 
 
 def add_description(parser: argparse.ArgumentParser) -> None:

@@ -36,7 +36,7 @@ def _run_save(args: argparse.Namespace) -> None:
 
     saved = save_folder(_publication(args), args.folder, repo_id=args.repo_id, force=args.force, **_choices(args))
     print(f"{saved.path}: written. timm.create_model('local-dir:{saved.path}', pretrained=True) computes the same "
-          f'logits as {saved.proof.original}.')
+          f'logits as {saved.original}.')
 
 
 def _add_push(commands) -> None:
@@ -72,7 +72,7 @@ def _run_push(args: argparse.Namespace) -> None:
         print(f'{name:<18} sha256 {sha256}')
     if published.card_kept:
         print('README.md          kept as it was (--overwrite-card replaces it)')
-    print(f'logits             the same as those of {published.proof.original}')
+    print(f'logits             the same as those of {published.original}')
     print(f'{published.repo_id} at {published.commit}: published, read back and compared\n{published.url}')
 
 

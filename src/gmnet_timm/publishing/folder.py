@@ -13,7 +13,7 @@ from gmnet_timm.checkpoint.writing import save_weights
 from gmnet_timm.errors import UserError
 from gmnet_timm.files import replacing_folder
 from gmnet_timm.publishing.model_card import model_card
-from gmnet_timm.publishing.proof import Proof, prove_folder
+from gmnet_timm.publishing.proof import prove_folder
 from gmnet_timm.publishing.publication import Publication
 
 __all__ = ['SavedFolder', 'save_folder']
@@ -24,7 +24,7 @@ class SavedFolder:
     """A folder that was written, and what was compared with it."""
 
     path: Path
-    proof: Proof
+    original: str  # what it computes the same logits as
 
 
 def save_folder(
@@ -63,8 +63,8 @@ def save_folder(
     with replacing_folder(folder, force=force) as temporary:
         keep_card = not overwrite_card and (folder / CARD_NAME).exists()
         _write_files(publication, temporary, None if keep_card else card, license)
-        proof = prove_folder(publication.source, temporary, stated_preprocessing)
-    return SavedFolder(folder, proof)
+        original = prove_folder(publication.source, temporary, stated_preprocessing)
+    return SavedFolder(folder, original)
 
 
 def _write_files(publication: Publication, folder: Path, card: str | None, license: str) -> None:

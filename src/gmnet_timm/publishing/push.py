@@ -13,7 +13,6 @@ from gmnet_timm import __version__
 from gmnet_timm.checkpoint.config import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
 from gmnet_timm.errors import UserError
 from gmnet_timm.publishing.folder import save_folder
-from gmnet_timm.publishing.proof import Proof
 from gmnet_timm.publishing.publication import Publication
 from gmnet_timm.publishing.requests import explaining, within
 
@@ -32,7 +31,7 @@ class Published:
     url: str  # of the commit, or of the pull request
     sha256: dict[str, str]  # by file name
     card_kept: bool  # whether a card that was there before is still there
-    proof: Proof  # what the files were compared with before they were sent
+    original: str  # what the files compute the same logits as
 
 
 def push(
@@ -102,7 +101,7 @@ def push(
             ))
         sha256 = {name: file_sha256(saved.path / name) for name in names}
         _read_back(api, repo_id, commit, sha256, upload_timeout)
-    return Published(repo_id, commit.oid, commit.pr_url or commit.commit_url, sha256, keep_card, saved.proof)
+    return Published(repo_id, commit.oid, commit.pr_url or commit.commit_url, sha256, keep_card, saved.original)
 
 
 def _info(api: HfApi, repo_id: str, revision: str | None) -> ModelInfo:

@@ -3,19 +3,14 @@ import contextlib
 import queue
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import TypeVar
 
-from huggingface_hub.errors import HfHubHTTPError
-
+from gmnet_timm.checkpoint.config import REQUEST_ERRORS
 from gmnet_timm.errors import UserError
 
 __all__ = ['explaining', 'within']
 
 T = TypeVar('T')
-
-# What huggingface_hub raises when a request fails, whichever HTTP library it uses: they share these ancestors.
-# It wraps failed uploads in RuntimeError, and takes broken answers for ValueError.
-_REQUEST_ERRORS: tuple[Any, ...] = (OSError, RuntimeError, ValueError, KeyError, *HfHubHTTPError.__bases__)
 
 _ADVICE = {
     401: 'Log in with `hf auth login`, or give a token with --token or HF_TOKEN.',
@@ -59,7 +54,7 @@ def explaining(what: str) -> Iterator[None]:
     """Turn the failure of a request into an error that says what state things are in."""
     try:
         yield
-    except _REQUEST_ERRORS as e:
+    except REQUEST_ERRORS as e:
         causes: list[BaseException] = [e]  # huggingface_hub wraps failures, and then advises to check the connection
         while causes[-1].__cause__ is not None:
             causes.append(causes[-1].__cause__)

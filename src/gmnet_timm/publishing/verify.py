@@ -42,7 +42,8 @@ def verify(name: str, token: str | None = None, timeout: float = 120.) -> list[C
     """Check a published repository or a folder.
 
     Args:
-        name: `owner/name[@revision]` on the Hub, or a folder.
+        name: A folder, or `owner/name[@revision]` on the Hub. timm's prefixes `local-dir:` and `hf-hub:` may be given,
+            and decide where both exist.
         token: Access token, by default the one huggingface_hub finds.
         timeout: Seconds that a request may take; the download of a file may take ten times as long.
 
@@ -52,8 +53,11 @@ def verify(name: str, token: str | None = None, timeout: float = 120.) -> list[C
     Raises:
         UserError: There is nothing to check, or the Hub cannot be reached.
     """
-    name = name.removeprefix('hf-hub:').removeprefix('local-dir:')
-    folder, checks = (Path(name), []) if Path(name).is_dir() else _download(name, token, timeout)
+    scheme, _, path = name.rpartition(':') if name.startswith(('local-dir:', 'hf-hub:')) else ('', '', name)
+    local = scheme == 'local-dir' or not scheme and Path(path).is_dir()
+    if not local and '/' not in path:
+        raise UserError(f'{path} is neither a folder nor the owner/name of a repository.')
+    folder, checks = (Path(path), []) if local else _download(path, token, timeout)
     if not (folder / WEIGHTS_NAME).is_file():
         raise UserError(f'{name} has no {WEIGHTS_NAME}.')
     weights, recorded = None, None
