@@ -10,7 +10,8 @@ from timm.models._hub import load_model_config_from_hf
 from gmnet_timm.errors import UserError
 
 __all__ = [
-    'CARD_NAME', 'CONFIG_NAME', 'REQUEST_ERRORS', 'WEIGHTS_NAME', 'Config', 'read_config', 'read_hub_config', 'read_text',
+    'CARD_NAME', 'CONFIG_NAME', 'REQUEST_ERRORS', 'WEIGHTS_NAME', 'Config', 'read_config', 'read_hub_config',
+    'read_text',
 ]
 
 WEIGHTS_NAME = 'model.safetensors'
