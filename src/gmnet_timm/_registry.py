@@ -9,9 +9,9 @@ import os
 import warnings
 from typing import Any, Callable, Dict
 
-from timm.models import generate_default_cfgs as _generate_default_cfgs
-from timm.models import get_pretrained_cfg, is_model, model_entrypoint
-from timm.models import register_model as _register_model
+from timm.models._registry import generate_default_cfgs as _generate_default_cfgs
+from timm.models._registry import get_pretrained_cfg, is_model, model_entrypoint
+from timm.models._registry import register_model as _register_model
 from torch import nn
 
 __all__ = ['HUB_ORG_VARIABLE', 'generate_default_cfgs', 'register_model']
