@@ -518,7 +518,7 @@ def test_concurrent_commit(run, hub, checkpoint, monkeypatch):
 
 
 def test_damaged_on_the_server(run, hub, checkpoint):
-    """A server that stores something else than it was sent is found out when the commit is read back."""
+    """A server that stores something other than it was sent is found out when the commit is read back."""
     real = hub.commit
 
     def commit(repo_id, files, ref='main'):
