@@ -16,7 +16,7 @@ export OMP_WAIT_POLICY := PASSIVE
 # Tests call the `gmnet-timm` of this environment.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test test-slow test-ecosystem bench-gpu lint format build clean
+.PHONY: demo test test-slow test-ecosystem bench-gpu docs lint format build clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/gmnet-timm demo $(ARGS)
@@ -52,6 +52,10 @@ bench-gpu:
 	$(GPU_RUN) memory --device cuda --models $(GMNETS) --dtypes bfloat16 --batch-size 128 \
 		--minutes 0.5 --output $(GPU_RESULTS)-memory.json
 
+# The site, in site/. It fails for a broken link or a page that nothing leads to.
+docs: $(VENV)/docs.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
 lint: $(VENV)/$(TEST_EXTRAS).installed $(VENV)/lint.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -73,6 +77,12 @@ $(VENV)/%.installed: pyproject.toml src/gmnet_timm_autoload.py $(VENV)/bin/pytho
 	$(BIN)/python -m pip install --quiet --editable '.[$*]' $(addprefix --constraint ,$(CONSTRAINTS))
 	touch $@
 
+# Docstrings are read from the sources, so that the site needs neither torch nor timm.
+$(VENV)/docs.installed: pyproject.toml $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(BIN)/python -m pip install --quiet --group docs
+	touch $@
+
 $(ECOSYSTEM)/ecosystem.installed: pyproject.toml $(shell find src -type f -not -name '*.pyc')
 	$(PYTHON) -m venv $(ECOSYSTEM)
 	rm -rf $(ECOSYSTEM)/wheel
@@ -82,4 +92,4 @@ $(ECOSYSTEM)/ecosystem.installed: pyproject.toml $(shell find src -type f -not -
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(ECOSYSTEM) .cache dist
+	rm -rf $(VENV) $(ECOSYSTEM) .cache dist site

@@ -13,6 +13,8 @@ import yaml
 import gmnet_timm
 
 ROOT = Path(__file__).parent.parent
+ADDRESS = 'https://github.com/gmnet-timm/gmnet-timm'
+RAW = ADDRESS.replace('github.com', 'raw.githubusercontent.com')
 
 
 def test_five_base_dependencies_with_the_floors_that_are_tested():
@@ -85,6 +87,29 @@ def test_wheel_works_like_the_checkout(wheel, tmp_path):
     assert 'RuntimeError: Failed to load the backend extension: gmnet_timm.' in failed.stderr
     subprocess.run([python, '-m', 'pip', 'uninstall', '--quiet', '--yes', 'gmnet-timm'], check=True)
     subprocess.run(import_torch, check=True)
+
+
+@pytest.mark.slow
+def test_a_package_index_shows_absolute_links(wheel):
+    """It has no files beside the README, so every link and picture of the README is that of the version's tag."""
+    with zipfile.ZipFile(wheel) as archive:
+        name, = (name for name in archive.namelist() if name.endswith('.dist-info/METADATA'))
+        metadata = archive.read(name).decode()
+    links = re.findall(r'(!?)\[[^\]]*\]\(([^)]+)\)', metadata)
+    assert len(links) == len(re.findall(r'\]\(', (ROOT / 'README.md').read_text())) > 10
+    ours = [(picture, link) for picture, link in links if link.startswith((f'{ADDRESS}/', RAW))]
+    assert all(link.startswith('https://') for _, link in links) and len(ours) > 5 and '<img' not in metadata
+    for picture, link in ours:
+        prefix = f'{RAW if picture else ADDRESS + "/blob"}/v{gmnet_timm.__version__}/'
+        assert link.startswith(prefix) and (ROOT / link.removeprefix(prefix).split('#')[0]).is_file(), link
+    assert f'Project-URL: Homepage, {ADDRESS}\n' in metadata
+
+
+def test_one_address_everywhere():
+    for name in ('pyproject.toml', 'mkdocs.yml', 'CITATION.cff'):
+        text = (ROOT / name).read_text()
+        addresses = set(re.findall(r'github(?:usercontent)?\.com/((?!YFWang1999)[\w-]+/[\w-]+)', text))
+        assert addresses == {ADDRESS.removeprefix('https://github.com/')}, name
 
 
 def test_one_citation_everywhere():

@@ -35,11 +35,12 @@ def run(command, folder):
     assert result.returncode == 0, result.stdout
 
 
-# docs/publishing.md needs a Hub: tests/test_hub.py runs it against one of its own
+# docs/publishing.md needs a Hub: tests/publishing/test_push.py runs it against one of its own
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize('document', [
     'README.md',
+    'docs/models.md',
     'docs/frequency.md',
     pytest.param('docs/ecosystem.md', marks=[
         pytest.mark.ecosystem, pytest.mark.skipif(sys.version_info < (3, 11), reason='timmx needs Python 3.11')]),
@@ -50,8 +51,11 @@ def test_examples(document, folder):
         run(['bash', '-euo', 'pipefail', '-c', NOT_AGAIN.sub('', code)], folder)
 
 
+DOCUMENTS = [*ROOT.glob('*.md'), *(ROOT / 'docs').rglob('*.md')]
+
+
 def test_links_and_pictures_exist():
-    for document in [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *(ROOT / 'docs').glob('*.md')]:
+    for document in DOCUMENTS:
         for target in re.findall(r'\]\(([^)#]+)[^)]*\)|src="([^"]+)"', document.read_text()):
             target = ''.join(target)
             assert target.startswith('https://') or (document.parent / target).exists(), f'{document}: {target}'

@@ -1,4 +1,5 @@
 """Publishing, with the real huggingface_hub against a server on loopback."""
+import argparse
 import csv
 import hashlib
 import json
@@ -517,7 +518,7 @@ def test_concurrent_commit(run, hub, checkpoint, monkeypatch):
 
 
 def test_damaged_on_the_server(run, hub, checkpoint):
-    """A server that stores something else than it was sent is found out when the commit is read back."""
+    """A server that stores something other than it was sent is found out when the commit is read back."""
     real = hub.commit
 
     def commit(repo_id, files, ref='main'):
@@ -696,3 +697,26 @@ def test_every_documented_command(index, run, hub, tmp_path, names, monkeypatch)
         assert 'FAILED' not in succeed(run(*arguments)), command
     programs = [block for language, block in blocks if language == 'python']
     assert ('cat', 'owl')[index] in python(programs[index], hub.url, tmp_path, HF_TOKEN=TOKEN)
+
+
+@pytest.mark.slow
+def test_readme_brings_a_checkpoint_of_the_authors_to_the_hub(run, hub, tmp_path, monkeypatch):
+    """The section Weights of README.md, with a file as the authors' trainer writes it: with arguments of timm 0.6's."""
+    monkeypatch.chdir(tmp_path)
+    weights = timm.create_model('gmnet_s3').state_dict()
+    args = argparse.Namespace(
+        model='gmnet_s3', data='/data', num_classes=None, gp=None, img_size=None, drop=0.0, drop_path=0.0,
+        drop_connect=None, drop_block=None, split_bn=False, native_amp=False, teacher_model='regnety_160',
+        distillation_type='none')
+    torch.save({'epoch': 309, 'arch': 'gmnet_s3', 'state_dict': weights, 'optimizer': {'state': {}, 'param_groups': []},
+                'version': 2, 'args': args, 'metric': 79.3}, 'FILE')
+    readme = (Path(__file__).parents[2] / 'README.md').read_text(encoding='utf-8')
+    section = readme[readme.index('## Weights'):readme.index('## Train')]
+    (commands,), (program,) = (re.findall(rf'```{language}\n(.*?)```', section, re.DOTALL)
+                               for language in ('bash', 'python'))
+    for command in commands.splitlines():
+        program_name, *arguments = shlex.split(command.replace('you/', 'owner/'), comments=True)
+        assert program_name == 'gmnet-timm' and 'FAILED' not in succeed(run(*arguments)), command
+    program = program.replace('you/', 'owner/')
+    code = f'import timm\n{program}\nprint(model.state_dict()["head.weight"].double().sum().item())'
+    assert float(python(code, hub.url, tmp_path, HF_TOKEN=TOKEN)) == weights['head.weight'].double().sum().item()
