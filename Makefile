@@ -10,13 +10,14 @@ TEST_EXTRAS := demo,freq$(if $(CONSTRAINTS),,$(comma)bench)
 BIN := $(VENV)/bin
 # What is built on timm is tested against the installed wheel.
 ECOSYSTEM := $(VENV)-ecosystem
-PYTEST := $(BIN)/python -m pytest -n 2
+PARALLEL := -n 2 --dist worksteal
+PYTEST := $(BIN)/python -m pytest $(PARALLEL)
 # Threads that spin while they wait make everything crawl when two processes share two cores.
 export OMP_WAIT_POLICY := PASSIVE
 # Tests call the `gmnet-timm` of this environment.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test test-slow test-scripts test-ecosystem bench-gpu lint format build clean
+.PHONY: demo test test-slow test-all test-scripts test-ecosystem bench-gpu lint format build clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/gmnet-timm demo $(ARGS)
@@ -27,6 +28,9 @@ test: $(VENV)/test.installed
 test-slow: $(VENV)/test.installed
 	$(PYTEST) -m 'slow and not ecosystem' $(ARGS)
 
+test-all: $(VENV)/test.installed
+	$(PYTEST) -m 'not ecosystem' $(ARGS)
+
 # With TIMM_SCRIPTS=FOLDER, a checkout of timm's repository: its wheel has no scripts.
 test-scripts: $(VENV)/scripts.installed
 	test -f "$(TIMM_SCRIPTS)/train.py"
@@ -34,7 +38,7 @@ test-scripts: $(VENV)/scripts.installed
 
 test-ecosystem: export PATH := $(abspath $(ECOSYSTEM)/bin):$(PATH)
 test-ecosystem: $(ECOSYSTEM)/ecosystem.installed
-	$(ECOSYSTEM)/bin/python -m pytest -n 2 -m ecosystem -o norecursedirs= $(ARGS)
+	$(ECOSYSTEM)/bin/python -m pytest $(PARALLEL) -m ecosystem -o norecursedirs= $(ARGS)
 
 # On a machine with a CUDA device, with the packages that are installed there. GmNet comes first; what the given minutes,
 # 7.5 in all, do not suffice for is reported as not run.
@@ -91,7 +95,7 @@ $(ECOSYSTEM)/ecosystem.installed: pyproject.toml $(shell find src -type f -not -
 	$(ECOSYSTEM)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(ECOSYSTEM)/bin/python -m pip install --quiet --no-deps $(ECOSYSTEM)/wheel/*.whl
 	cd $(ECOSYSTEM)/lib/python*/site-packages && echo $(abspath $(VENV))/lib/python*/site-packages > shared.pth
-	$(ECOSYSTEM)/bin/python -m pip install --quiet 'gmnet-timm[ecosystem]'
+	$(ECOSYSTEM)/bin/python -m pip install --quiet 'gmnet-timm[ecosystem]' --constraint tests/constraints-ecosystem.txt
 	touch $@
 
 clean:

@@ -1,6 +1,7 @@
 """Publishing, with the real huggingface_hub against a server on loopback."""
 import csv
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -643,7 +644,7 @@ def test_activations_are_counted_as_timm_counts(name, millions):
 
 @PROGRAMS
 def test_every_documented_command(index, run, hub, tmp_path, names, monkeypatch):
-    """docs/publishing.md, from top to bottom."""
+    """docs/publishing.md, from top to bottom; for transformers only what publishes the model that its program loads."""
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / 'run')
     torch.save(tiny_model().state_dict(), 'checkpoint.pth')
@@ -655,6 +656,10 @@ def test_every_documented_command(index, run, hub, tmp_path, names, monkeypatch)
     blocks = re.findall(r'```(console|python)\n(.*?)```', text, re.DOTALL)
     commands = [line for language, block in blocks if language == 'console' for line in block.splitlines()]
     assert len(commands) >= 15
+    if index == 1:
+        commands = [line for line in commands if 'owner/my-gmnet' in line and 'names.txt' in line][:1]
+    if importlib.util.find_spec('onnxscript') is None:
+        commands = [line for line in commands if 'onnx' not in line]
     for command in commands:
         prompt, program, *arguments = shlex.split(command)
         assert (prompt, program) == ('$', 'gmnet-timm'), command

@@ -1,6 +1,7 @@
 """The part of the model card that says how to use the model. Its examples are run by the tests as they are printed."""
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -115,7 +116,7 @@ def _install(size: str, input_size: Sequence[int]) -> str:
 
 def _with_timm(source: Source, model_id: str) -> list[str]:
     input_size = source.data_config['input_size']
-    model = source.description.create(device='meta')
+    model: Any = source.description.create(device='meta')
     maps = model.forward_intermediates(torch.zeros(1, *input_size, device='meta'), intermediates_only=True)
     shapes = ''.join(f'\n# {tuple(features.shape)}' for features in maps)
     return [
