@@ -1,4 +1,5 @@
 """What pip installs: the wheel, its metadata and its dependencies."""
+import ast
 import importlib.metadata
 import re
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import gmnet_timm
 
@@ -25,6 +28,48 @@ def test_five_base_dependencies_with_the_floors_that_are_tested():
     tested = dict(line.split('==') for line in lowest.splitlines() if '==' in line)
     for name, floor in floors.items():
         assert tested[name] == floor or tested[name] == f'{floor}.0', name
+
+
+# What a folder imports beyond the base dependencies, by the extra that declares it; and what base dependencies declare.
+EXTRAS = {
+    'src/gmnet_timm': None, 'src/gmnet_timm/demo': 'demo', 'src/gmnet_timm/frequency': 'freq',
+    'src/gmnet_timm/publishing': 'onnx', 'src/gmnet_timm/training': 'plot', 'benchmarks': 'bench',
+}
+PROMISED = {'numpy': 'torchvision', 'pillow': 'torchvision', 'pyyaml': 'timm', 'tqdm': 'huggingface_hub'}
+
+
+def _required(package, extra=None):
+    """Names of the distributions that a package requires, those of one extra and of the extras it names included."""
+    names = set()
+    for line in importlib.metadata.requires(package):
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate({'extra': extra or ''}):
+            name = canonicalize_name(requirement.name)
+            names |= {name}.union(*(_required(package, inner) for inner in requirement.extras if name == 'gmnet-timm'))
+    return names
+
+
+def test_what_base_dependencies_bring_is_promised_by_them():
+    for name, package in PROMISED.items():
+        assert name in _required(package), name
+
+
+@pytest.mark.parametrize('folder', EXTRAS)
+def test_what_is_imported_is_declared(folder):
+    declared = _required('gmnet-timm', EXTRAS[folder]) | {*PROMISED}
+    providers = importlib.metadata.packages_distributions()
+    ours = {'gmnet_timm', 'gmnet_timm_autoload', 'benchmarks'}
+    inner = [ROOT / other for other in EXTRAS if other.startswith(f'{folder}/')]
+    files = [path for path in (ROOT / folder).rglob('*.py') if not {*path.parents} & {*inner}]
+    assert files
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                modules = [node.module]
+            for module in {name.split('.')[0] for name in modules} - {*sys.stdlib_module_names} - ours:
+                names = {canonicalize_name(name) for name in providers.get(module, [module])}
+                assert names & declared, f'{path}: {module}'
 
 
 def test_version_is_the_same_everywhere():
