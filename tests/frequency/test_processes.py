@@ -49,7 +49,7 @@ def _rows(path):
 def _assert_same(a, b):
     for key, value in a.items():
         try:
-            assert float(b[key]) == pytest.approx(float(value), rel=1e-4, abs=1e-9, nan_ok=True), key
+            assert float(b[key]) == pytest.approx(float(value), rel=1e-3, abs=1e-6, nan_ok=True), key
         except ValueError:
             assert b[key] == value, key
 
@@ -62,8 +62,11 @@ def test_one_process_is_all_of_them():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('processes, images', [(2, 7), (3, 2)])  # one of three has no image
-def test_processes_equal_one(tmp_path, processes, images):
+@pytest.mark.parametrize('processes, images, names', [
+    (2, 7, ['layers', 'amplitude', 'sensitivity', 'heatmap']),
+    (3, 2, ['layers', 'heatmap']),  # one of three has no image
+])
+def test_processes_equal_one(tmp_path, processes, images, names):
     rng = np.random.default_rng(0)
     for i in range(images):
         (tmp_path / 'data' / 'ab'[i % 2]).mkdir(parents=True, exist_ok=True)
@@ -75,7 +78,7 @@ def test_processes_equal_one(tmp_path, processes, images):
     commands = [
         ['freq', name, str(tmp_path / 'model.pth'), '--data-dir', str(tmp_path / 'data'), '--img-size', '64',
          '--workers', '0', '--device', 'cpu', '--no-figure', *argv, '--output']
-        for name, (argv, _) in COMMANDS.items()]
+        for name, (argv, _) in COMMANDS.items() if name in names]
     several = [[*argv, str(tmp_path / 'several')] for argv in commands]
     started = [
         subprocess.Popen(
@@ -90,9 +93,8 @@ def test_processes_equal_one(tmp_path, processes, images):
     finally:
         for process in started:
             process.kill()
-    for _, names in COMMANDS.values():
-        for name in names:
-            one, more = _rows(tmp_path / 'one' / name), _rows(tmp_path / 'several' / name)
-            assert len(one) == len(more) > 0
-            for a, b in zip(one, more):
-                _assert_same(a, b)
+    for table in (table for name in names for table in COMMANDS[name][1]):
+        one, more = _rows(tmp_path / 'one' / table), _rows(tmp_path / 'several' / table)
+        assert len(one) == len(more) > 0
+        for a, b in zip(one, more):
+            _assert_same(a, b)

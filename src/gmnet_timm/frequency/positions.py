@@ -259,6 +259,8 @@ def _resized(positions: torch.Tensor | None, shape: torch.Size, reach: float) ->
     """Positions of what slides a window over maps, or enlarges them: equally spaced over the same range."""
     if positions is None or positions.dim() != len(shape) or positions.dim() < 3:
         return None
+    if positions.stride(0) == 0:  # all images alike
+        positions = positions[:1]
     positions = _centre(positions, 1, reach)
     if positions is None:
         return None
