@@ -108,7 +108,7 @@ def layer_spectra(
     if first is not None:
         watcher = _Watcher(model, first[:2], modules, gates, kinds, layout, window, channels, alias_images, on_maps)
         watcher.run(itertools.chain([first], batches))
-    parts = [part for part in gathered(watcher and watcher.portable()) if part is not None]
+    parts = [part for part in gathered(None if watcher is None else watcher.portable()) if part is not None]
     if not parts:
         raise UserError('There is no image to look at.')
     results = None if watcher is None else watcher.results(parts)
@@ -131,7 +131,7 @@ class _Watcher:
         self.gates = {
             name: GateTally.of(product.kind, product.layouts, share(alias_images))
             for name, product in products.items()}
-        tallies: dict[tuple[str, str], Tally] = {}  # of one tensor, such as the output of a block and input of the next
+        tallies = {}  # of one tensor, such as the output of a block and the input of the next
         self.measured = set()
         for key, found_layout in self.layouts.items():
             if found.same[key] not in tallies:

@@ -179,8 +179,8 @@ class GateTally:
         whole = dataclasses.replace(
             self,
             signals={name: Tally.merged([part.signals[name] for part in parts]) for name in self.signals},
-            pre=sum(part.pre for part in parts),
-            aliased=tuple(sum(part.aliased[i] for part in parts) for i in (0, 1)),
+            pre=torch.stack([part.pre for part in parts]).sum(0),
+            aliased=(math.fsum(part.aliased[0] for part in parts), math.fsum(part.aliased[1] for part in parts)),
             ends=(math.inf, -math.inf),
             clipped=(0, 0, 0),
         )

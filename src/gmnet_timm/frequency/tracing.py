@@ -18,7 +18,9 @@ __all__ = ['FoundProduct', 'Product', 'Recorder', 'Trace', 'trace', 'watch_modul
 
 _ACTIVATIONS = {
     'relu', 'relu6', 'gelu', 'silu', 'sigmoid', 'hardsigmoid', 'hardswish', 'tanh', 'hardtanh', 'clamp', 'clamp_min',
-    'clamp_max', 'leaky_relu', 'elu', 'softplus', 'mish', 'threshold', 'log_sigmoid_forward', 'erf', 'exp', 'selu', 'celu'}
+    'clamp_max', 'leaky_relu', 'elu', 'softplus', 'mish', 'threshold', 'log_sigmoid_forward', 'erf', 'exp', 'selu',
+    'celu',
+}
 _ENTRY_BY_ENTRY = {
     'clone', '_to_copy', 'alias', 'detach', 'permute', 'transpose', 'add', 'sub', 'rsub', 'mul', 'div', 'neg'}
 _FILLS = {'fill', 'zero', 'normal', 'uniform', 'bernoulli', 'random', 'exponential'}
