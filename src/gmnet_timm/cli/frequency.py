@@ -169,7 +169,8 @@ def _add_layers(commands) -> None:
         help='what counts as a gate: also activations, x * (f(x) / x), and products with channel or spatial weights '
              '(default: gate)')
     parser.add_argument(
-        '--channels', type=int, metavar='N', help='look at N channels of each map, which is faster (default: all)')
+        '--channels', type=_number_or_all, default=16, metavar='N',
+        help='look at N channels of each map, or at all, which can take longer than the passes (default: 16)')
     _add_maps(parser)
     _add_machine(parser, num_images=64)
     _add_figures(parser)
@@ -187,6 +188,8 @@ def _run_layers(args: argparse.Namespace) -> None:
         layers = layer_spectra(
             model.model.to(machine.device), _loader(args, model, machine), args.modules, gates=args.gates,
             kinds=args.kinds, layout=args.layout, window=args.window, channels=args.channels, show_progress=True)
+        if machine.rank:
+            return
     write_csv([row for layer in layers for row in layer.as_rows()], args.output / 'layers.csv')
     write_csv([layer.summary_row() for layer in layers], args.output / 'layers-summary.csv')
     if args.modules is None and args.gates is None:
@@ -198,6 +201,8 @@ def _run_layers(args: argparse.Namespace) -> None:
     print(f'{args.output / "layers.csv"}, {args.output / "layers-summary.csv"}')
     images = len(next(iter(layers[0].signals.values())).power)
     title = f'{_labels([model])[0]}, {images} images'
+    if any(signal.channels < signal.all_channels for layer in layers for signal in layer.signals.values()):
+        title += f', {args.channels} channels of each map'
     _save(args, 'layers', lambda: draw_layers(layers, title))
     if any(layer.gain() is not None for layer in layers):
         _save(args, 'layers-gain', lambda: draw_layers(layers, title, gain=True))
@@ -206,7 +211,8 @@ def _run_layers(args: argparse.Namespace) -> None:
 def _describe_layer(layer) -> str:
     line = f'{layer.name:<28}'
     for name, signal in layer.signals.items():
-        line += f'  {name} {signal.size[0]}x{signal.size[1]} high/low {signal.high_low_ratio:.4f}'
+        error = f' ±{signal.ratio_error:.4f}' if signal.ratio_error else ''
+        line += f'  {name} {signal.size[0]}x{signal.size[1]} high/low {signal.high_low_ratio:.4f}{error}'
     if layer.statistics is not None:
         row = layer.summary_row()
         line += (
@@ -243,6 +249,8 @@ def _run_amplitude(args: argparse.Namespace) -> None:
             found[label] = log_amplitudes(
                 model.model.to(machine.device), _loader(args, model, machine), args.modules, layout=args.layout,
                 show_progress=True)
+        if machine.rank:
+            return
     rows = [dict(model=label, **row) for label, layers in found.items() for layer in layers for row in layer.as_rows()]
     write_csv(rows, args.output / 'amplitude.csv')
     for label, layers in found.items():
@@ -290,6 +298,8 @@ def _run_heatmap(args: argparse.Namespace) -> None:
             found[label] = run_heatmap(
                 model, _loader(args, model, machine), args.amplitudes, table, step=args.step, largest=args.largest,
                 seed=args.seed, batch_size=args.batch_size, data=f'{args.dataset} {args.data_dir} {args.split or ""}')
+        if machine.rank:
+            return
     rows = [
         dict(model=label, **row)
         for label, by_amplitude in found.items() for points in by_amplitude.values() for row in radial_summary(points)
@@ -332,6 +342,8 @@ def _run_sensitivity(args: argparse.Namespace) -> None:
                 target=args.target, window=args.window, show_progress=True)
             for label, model in zip(_labels(models), models, strict=True)
         }
+        if machine.rank:
+            return
     write_csv(
         [dict(model=label, target=args.target, **row) for label, s in found.items() for row in s.as_rows()],
         args.output / 'sensitivity.csv')
@@ -491,6 +503,12 @@ def _options(args: argparse.Namespace):
     return SplitOptions(args.keep_dc, args.restore_contrast, args.split_space, args.edge_width)
 
 
+def _number_or_all(text: str) -> int | None:
+    if text != 'all' and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f'give a number or all, not {text!r}')
+    return None if text == 'all' else int(text)
+
+
 def _add_maps(parser, window: bool = True) -> None:
     parser.add_argument(
         '--layout', choices=['NCHW', 'NHWC', 'NLC', 'NCL'],
@@ -550,14 +568,13 @@ def _chance(num_classes: list[int | None]) -> float | None:
 
 
 def _loader(args: argparse.Namespace, model, machine):
-    """Images for a command that runs in one process."""
+    """This process's images."""
     from gmnet_timm.frequency.data import create_band_loader
 
-    if machine.world_size > 1:
-        raise UserError('This command runs in one process.')
     return create_band_loader(
         args.data_dir, model.data_config, dataset=args.dataset, split=args.split, class_map=args.class_map,
-        batch_size=args.batch_size, workers=args.workers, num_images=args.num_images)
+        batch_size=args.batch_size, workers=args.workers, num_images=args.num_images, rank=machine.rank,
+        world_size=machine.world_size)
 
 
 class _Machine:

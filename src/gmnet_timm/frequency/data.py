@@ -14,6 +14,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
 from gmnet_timm.errors import UserError, listed
+from gmnet_timm.frequency.processes import gathered
 
 __all__ = ['CountingLoader', 'create_band_loader', 'to_mode']
 
@@ -95,14 +96,14 @@ class CountingLoader:
 
     def __iter__(self):
         self.skipped = 0
-        for batch, skipped in self.loader:
-            self.skipped += skipped
-            if batch is not None:
-                yield batch
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            skipped = [0] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(skipped, self.skipped)
-            self.skipped = sum(skipped)
+        try:
+            for batch, skipped in self.loader:
+                self.skipped += skipped
+                if batch is not None:
+                    yield batch
+        except UserError as e:  # of a worker, whose traceback torch puts before the message
+            raise UserError(str(e).rpartition('UserError: ')[2].strip()) from e
+        self.skipped = sum(gathered(self.skipped))
 
 
 def create_band_loader(

@@ -17,7 +17,7 @@ from gmnet_timm.frequency.amplitude import LogAmplitude
 from gmnet_timm.frequency.extras import require_matplotlib
 from gmnet_timm.frequency.heatmap import HeatmapPoint, radial_summary
 from gmnet_timm.frequency.sensitivity import Sensitivity
-from gmnet_timm.frequency.spectra import LayerSpectrum
+from gmnet_timm.frequency.signals import LayerSpectrum
 from gmnet_timm.frequency.split import modes_per_bin, radial_power_spectrum
 
 __all__ = [
@@ -128,11 +128,14 @@ def plot_gain(layer: LayerSpectrum, ax: Any = None) -> Any:
 
 
 def plot_log_amplitude(models: Mapping[str, Sequence[LogAmplitude]], ax: Any = None) -> Any:
-    """Draw the relative log amplitude at the corner of the spectrum by depth, one line per model."""
+    """Draw the relative log amplitude at the corner of the spectrum by depth with 95 % intervals, a line per model."""
     ax = _own(ax)
     for i, (label, layers) in enumerate(models.items()):
-        ax.plot([layer.depth for layer in layers], [layer.high for layer in layers], label=label, markersize=4,
-                **_LINES[i % len(_LINES)])
+        style = _LINES[i % len(_LINES)]
+        depth = [layer.depth for layer in layers]
+        ax.plot(depth, [layer.high for layer in layers], label=label, markersize=4, **style)
+        low, high = zip(*((bound[-1].item() for bound in layer.interval()) for layer in layers), strict=True)
+        ax.fill_between(depth, low, high, color=style['color'], alpha=.15)
     ax.set_xlabel('depth (first to last block)')
     ax.set_ylabel('Δ log amplitude')
     ax.grid(alpha=.3)

@@ -120,7 +120,8 @@ def power_spectrum(x: torch.Tensor, window: str | None = None) -> torch.Tensor:
         mean = x.mean((-2, -1), keepdim=True)
         x = (x - mean) * _hann(x.shape[-2], x.shape[-1], x.device).to(x.dtype)
     spectrum = torch.fft.rfft2(x, norm='forward')
-    power = spectrum.real.square() + spectrum.imag.square()
+    squares = torch.view_as_real(spectrum).square_()  # in place, which is several times as fast
+    power = squares[..., 0] + squares[..., 1]
     if mean is not None:
         power[..., :1, :1] += mean.square()
     return power
