@@ -28,7 +28,7 @@ def on_page_markdown(markdown, page, config, files):
 
     def target(match):
         path = posixpath.normpath(posixpath.join(posixpath.dirname(source), match[0]))
-        if path in PAGES or path.startswith('docs/'):
+        if path in PAGES or path.startswith('docs/') and not (ROOT / path).is_dir():
             site = PAGES.get(path, path.removeprefix('docs/'))
             return posixpath.relpath(site, posixpath.dirname(page.file.src_uri) or '.')
         if (ROOT / path).exists():
