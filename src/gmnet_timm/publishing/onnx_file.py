@@ -125,7 +125,7 @@ def prepare(image, config):
 
 @torch.no_grad()
 def find_difference(folder: Path, model: nn.Module, data_config: dict[str, Any]) -> str | None:
-    """What the ONNX file and its preprocessing do otherwise than a model and timm.
+    """How the ONNX file and its preprocessing differ from a model and timm.
 
     Args:
         folder: Where the two files are.
@@ -153,7 +153,7 @@ def find_difference(folder: Path, model: nn.Module, data_config: dict[str, Any])
         except (AttributeError, KeyError, TypeError, ValueError, ZeroDivisionError) as e:
             return f'{PREPROCESSOR_NAME} cannot be followed: {e!r}.'
         if pixels.shape != expected.shape or not np.allclose(pixels, expected, atol=1e-5):
-            return f'{PREPROCESSOR_NAME} prepares images otherwise than timm.'
+            return f'{PREPROCESSOR_NAME} prepares images differently from timm.'
     session = InferenceSession(folder / ONNX_NAME, providers=['CPUExecutionProvider'])
     images = torch.randn(3, *data_config['input_size'], generator=torch.Generator().manual_seed(0))
     for scale in _SCALES:

@@ -51,7 +51,7 @@ def prove_folder(source: Source, folder: Path, stated: bool) -> str:
             f'What timm loads back from the files does not compute the logits of {what}. Nothing was published.')
     if not alike:
         raise UserError(
-            f'What timm loads back from the files prepares images otherwise than {what}. Nothing was published.')
+            f'What timm loads back from the files prepares images differently from {what}. Nothing was published.')
     if (folder / ONNX_NAME).exists():
         difference = find_difference(folder, original, resolve_model_data_config(loaded))
         if difference is not None:

@@ -184,7 +184,7 @@ def _check_logits(folder: Path, weights: Checkpoint, recorded: ModelDescription 
     what = f'the model that {WEIGHTS_NAME} records' if recorded else 'the one assumed from the tensors alone'
     same = same_logits(mine, theirs)
     if recorded is None and not same:
-        return Check('logits', None, f"timm's model from {CONFIG_NAME} computes otherwise than {what}")
+        return Check('logits', None, f"timm's model from {CONFIG_NAME} computes differently from {what}")
     return Check('logits', same, f"timm's model from {CONFIG_NAME} and {what} {'agree' if same else 'disagree'}")
 
 
