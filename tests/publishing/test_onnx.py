@@ -126,6 +126,13 @@ def relu6_to_relu(folder):
     onnx.save(proto, path)
 
 
+def fix_batch(folder):
+    import onnx
+    proto = onnx.load(folder / ONNX_NAME)
+    proto.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    onnx.save(proto, folder / ONNX_NAME)
+
+
 def change_preprocessing(folder, **changes):
     path = folder / PREPROCESSOR_NAME
     config = {**json.loads(path.read_text()), **changes}
@@ -137,6 +144,7 @@ DAMAGE = {
         lambda folder: change_weights(folder, 'head.weight', lambda w: w[::-1].copy()), 'computes other logits'),
     'one bias': (lambda folder: change_weights(folder, 'head.bias', lambda b: b + 1e-3), 'computes other logits'),
     'no clip': (relu6_to_relu, 'computes other logits'),
+    'one image only': (fix_batch, 'InvalidArgument'),
     'cut off': (lambda folder: (folder / ONNX_NAME).write_bytes((folder / ONNX_NAME).read_bytes()[:9000]), ''),
     'no file': (lambda folder: (folder / ONNX_NAME).unlink(), f'There is no {ONNX_NAME}'),
     'no preprocessing': (lambda folder: (folder / PREPROCESSOR_NAME).unlink(), f'There is no {PREPROCESSOR_NAME}'),
