@@ -11,7 +11,7 @@ from torch import nn
 
 from gmnet_timm.cli.main import main
 from gmnet_timm.errors import UserError
-from gmnet_timm.frequency import LayerSpectrum, Signal, layer_spectra, radial_power_spectrum
+from gmnet_timm.frequency import LayerSpectrum, Signal, layer_spectra, list_layers, radial_power_spectrum
 
 
 def _tiny_gmnet(**kwargs):
@@ -427,6 +427,21 @@ def test_parts_of_blocks_are_not_blocks(name, blocks):
     from gmnet_timm.frequency import find_blocks
     from gmnet_timm.frequency.tracing import trace
     assert find_blocks(trace(timm.create_model(name).eval(), torch.randn(2, 3, 64, 64)))[:5] == blocks
+
+
+def test_what_can_be_looked_at():
+    model, batches = _tiny_gmnet(), _batches(2)
+    gates = ['stages.0.1', 'stages.1.1', 'stages.2.1', 'stages.2.2', 'stages.3.1']
+    listed = list_layers(model, batches[0][0], kinds=['gate'])
+    assert [name for name, kind in listed if kind == 'gate'] == gates
+    assert {kind for _, kind in listed[len(gates):]} == {'module'}
+    seen = {}
+    layers = layer_spectra(
+        model, batches, ['stages.1.0', 'stages.1.1'], gates=['stages.0.1'],
+        on_maps=lambda name, side, maps: seen.update({(name, side): maps}))
+    for layer in layers:
+        for side, signal in layer.signals.items():
+            assert seen[layer.name, side].shape[2:] == signal.size
 
 
 def test_hooks_are_removed_whatever_happens():

@@ -4,6 +4,7 @@ A function `plot_…` draws into one Axes, its own or a given one, and returns i
 function `draw_…` arranges them in a Figure, which `save_figure` writes as PNG, PDF or SVG. Dashes and markers tell
 lines apart, so that they can be read without colour.
 """
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -120,9 +121,10 @@ def plot_gain(layer: LayerSpectrum, ax: Any = None) -> Any:
     ax.semilogy(radii, gain, label='after / before', markersize=3, **_LINES[0])
     ax.fill_between(radii, low, high, color='gray', alpha=.4, label='95 % interval over images')
     ax.axhline(1, color='gray', linewidth=.8, label='gain 1')
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import LogLocator
     ax.yaxis.set_major_formatter('{x:g}')
-    ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, .4)))
+    ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    ax.yaxis.set_minor_formatter('{x:g}')
     ax.grid(alpha=.3)
     return ax
 
@@ -187,12 +189,15 @@ def plot_radial_error(
 def plot_sensitivity(models: Mapping[str, Sensitivity], ax: Any = None) -> Any:
     """Draw each frequency's share of the energy of input gradients without their mean, with 95 % intervals."""
     ax = _own(ax)
+    smallest = math.inf
     for i, (label, found) in enumerate(models.items()):
         style = _LINES[i % len(_LINES)]
         modes = modes_per_bin(*found.size)
         middle, low, high = (values[1:] / modes[1:] for values in found.interval())
         _log_line(ax, middle, label=label, **style)
-        ax.fill_between(range(1, len(middle) + 1), low.clamp(min=1e-12), high, color=style['color'], alpha=.15)
+        smallest = min([smallest, *middle[middle > 0].tolist()])
+        ax.fill_between(range(1, len(middle) + 1), low.clamp(min=1e-30), high, color=style['color'], alpha=.15)
+    ax.set_ylim(bottom=smallest / 3)  # a bound of 0 has no place on a logarithmic axis
     ax.set_xlabel('radius (cycles/image)')
     ax.set_ylabel('share of gradient energy per frequency')
     ax.grid(alpha=.3)
@@ -278,7 +283,7 @@ def draw_layers(layers: Sequence[LayerSpectrum], title: str = '', *, gain: bool 
         sizes = list(dict.fromkeys(f'{h}×{w}' for h, w in (signal.size for signal in layer.signals.values())))
         axis.set_title(f'{layer.name or "model"} ({" → ".join(sizes)})', fontsize=9)
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.tick_params(labelsize=8)
+        axis.tick_params(which='both', labelsize=8)
     for axis in flat[len(drawn):]:
         axis.axis('off')
     for row in axes:
@@ -311,19 +316,40 @@ def draw_heatmaps(
         title: str = '',
         chance: float | None = None,
 ) -> Any:
-    """Heat maps, a row per model and a column per amplitude with one colour scale, and their radial summaries."""
+    """Heat maps with one colour scale, and the mean by radius.
+
+    At one amplitude, a panel per model and one for their means by radius. At several, a row per model and a column per
+    amplitude, and in each row its means by radius.
+
+    Args:
+        models: Points by label and amplitude.
+        title: Title of the figure.
+        chance: Error at chance in percent.
+    """
     amplitudes = list(dict.fromkeys(a for by_amplitude in models.values() for a in by_amplitude))
-    figure, axes = _figure(len(models), len(amplitudes) + 1, 3.5, 3.1)
     top = max(point.error for found in models.values() for points in found.values() for point in points)
-    for row, (label, found) in zip(axes, models.items()):
-        for axis, amplitude in zip(row, amplitudes):
-            plot_heatmap(found.get(amplitude, []), axis, vmax=max(top, 1.))
-            axis.set_title(f'{label}, amplitude {amplitude:g}', fontsize=10)
-        plot_radial_error({f'amplitude {a:g}': points for a, points in found.items()}, row[-1], chance=chance)
-        row[-1].set_ylim(0, 1.05 * max(top, chance or 0, 1.))
-        row[-1].set_title(f'{label}, mean by radius', fontsize=10)
-    figure.colorbar(axes[0][0].images[-1], ax=[axis for row in axes for axis in row[:-1]], label='error (%)', shrink=.8)
-    return _with_legend(figure, title, axes[0][-1])
+    if len(amplitudes) == 1:
+        columns = min(3, len(models) + 1)
+        figure, axes = _figure(math.ceil((len(models) + 1) / columns), columns, 3.6, 3.1)
+        maps, radial = list(axes.flat[:len(models)]), [axes.flat[len(models)]]
+        for axis in axes.flat[len(models) + 1:]:
+            axis.axis('off')
+        by_panel = [{label: found[amplitudes[0]] for label, found in models.items()}]
+        names = [f'amplitude {amplitudes[0]:g}, mean by radius']
+    else:
+        figure, axes = _figure(len(models), len(amplitudes) + 1, 3.5, 3.1)
+        maps, radial = list(axes[:, :-1].flat), list(axes[:, -1])
+        by_panel = [{f'amplitude {a:g}': points for a, points in found.items()} for found in models.values()]
+        names = [f'{label}\nmean by radius' for label in models]
+    for axis, (label, amplitude) in zip(maps, itertools.product(models, amplitudes), strict=True):
+        plot_heatmap(models[label].get(amplitude, []), axis, vmax=max(top, 1.))
+        axis.set_title(label if len(amplitudes) == 1 else f'{label}\namplitude {amplitude:g}', fontsize=10)
+    for axis, lines, name in zip(radial, by_panel, names, strict=True):
+        plot_radial_error(lines, axis, chance=chance)
+        axis.set_ylim(0, 1.05 * max(top, chance or 0, 1.))
+        axis.set_title(name, fontsize=10)
+    figure.colorbar(maps[0].images[-1], ax=maps, label='error (%)', shrink=.8)
+    return _with_legend(figure, title, radial[0])
 
 
 def draw_sensitivity(models: Mapping[str, Sensitivity], title: str = '') -> Any:
