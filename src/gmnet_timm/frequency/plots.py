@@ -223,7 +223,8 @@ def plot_scan(points: Sequence[ScanPoint], largest: int, ax: Any = None) -> Any:
         ax.plot([p.radius for p in found], [100 * p.kept for p in found], label=f'{kind}-pass', linewidth=1.4, **style)
         other = [p for p in found if p.answer != answer]
         ax.plot([p.radius for p in other], [100 * p.kept for p in other], linestyle='', marker='x', markersize=3.5,
-                markeredgewidth=.8, color=style['color'], label=f'{kind}-pass, another class is likelier')
+                markeredgewidth=.8, color=style['color'])
+    ax.plot([], [], linestyle='', marker='x', markersize=3.5, color='black', label='another class is likelier')
     radius_axis(ax, largest)
     ax.set_ylim(-4, 104)
     ax.set_ylabel('confidence (%)', fontsize=9)

@@ -94,7 +94,8 @@ def thumbnails(data: Data, first: int, count: int, channels: int) -> str:
 def chart(svg: str, marks: str = '', name: str = '') -> str:
     """A figure with a layer for the marks of the radii above it."""
     source = f'data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}'
-    return f'<figure class="chart"><img src="{source}" alt="{html.escape(name)}">{marks}</figure>'
+    title = html.escape(name)
+    return f'<figure class="chart"><h5>{title}</h5><div><img src="{source}" alt="{title}">{marks}</div></figure>'
 
 
 def spectrum_chart(picture: Picture) -> str:
@@ -103,7 +104,7 @@ def spectrum_chart(picture: Picture) -> str:
     plot_image_spectrum(picture.pixels(0, Band('raw'), SplitOptions()), axis)
     axis.set_title('')
     axis.set_ylabel('power per frequency', fontsize=8)
-    return chart(figure_svg(figure, crop=False), _MARKS, f'spectrum of {picture.name}')
+    return chart(figure_svg(figure, crop=False), _MARKS, 'spectrum of the whole image')
 
 
 def scan_charts(picture: Picture, points: Sequence[Sequence[Any]]) -> str:
@@ -114,11 +115,11 @@ def scan_charts(picture: Picture, points: Sequence[Sequence[Any]]) -> str:
         if scanned:
             figure, axis = _small_figure()
             plot_scan(scanned, about.largest_radius, axis)
-            if subject is about.subjects[0]:
-                axis.legend(fontsize=6.5, loc='center right', framealpha=.8)
-            if len(about.subjects) > 1:
-                axis.set_title(subject.label, fontsize=8, pad=2)
-            found.append(chart(figure_svg(figure, crop=False), _MARKS, f'confidence of {subject.label} by radius'))
+            axis.legend(
+                fontsize=7, loc='lower right', bbox_to_anchor=(1.02, .97), ncols=3, frameon=False, columnspacing=1.2,
+                handlelength=1.8)
+            title = f'confidence in the answer to the whole image: {subject.label}'
+            found.append(chart(figure_svg(figure, crop=False), _MARKS, title))
     return f'<div class="charts">{"".join(found)}</div>'
 
 
@@ -211,7 +212,7 @@ def _small_figure() -> tuple[Any, Any]:
     figure = Figure(figsize=(4.4, 1.95))
     FigureCanvasAgg(figure)
     axis = figure.subplots()
-    figure.subplots_adjust(left=.125, right=.985, bottom=.225, top=.925)
+    figure.subplots_adjust(left=.125, right=.985, bottom=.225, top=.91)
     figure.patch.set_alpha(0)
     return figure, axis
 

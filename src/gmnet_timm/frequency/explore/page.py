@@ -34,7 +34,7 @@ _SECONDS = 1.  # between two drawings of a chart that grows
 _SESSION_SECONDS = 3600
 _FILE = Path(__file__)
 _DOWNLOAD = '''(files) => {
-    for (const file of files) {
+    for (const file of files ?? []) {
         const link = document.createElement('a');
         link.href = URL.createObjectURL(new Blob([file.text], {type: file.type}));
         link.download = file.name;
@@ -86,7 +86,6 @@ class _Page:
                 title='gmnet-timm: what a model sees at each frequency', analytics_enabled=False,
                 delete_cache=(60, 600), fill_width=True) as self.blocks:
             self.session = gr.State(Session(), time_to_live=_SESSION_SECONDS)
-            self.files = gr.JSON(visible=False)
             names = ' · '.join(subject.label for subject in about.subjects)
             gr.HTML(f'<header><h1>What a model sees at each frequency</h1><p>{html.escape(names)}</p></header>')
             with gr.Tabs():
@@ -110,6 +109,12 @@ class _Page:
             fn, list(inputs), list(outputs), api_visibility='private',
             **{'show_progress': 'hidden', 'trigger_mode': 'always_last', **kwargs})
 
+    def _save_button(self, label: str, name: str, fn: Any, inputs: Sequence[Any]) -> None:
+        """A button that hands the files of `fn` to the browser, without one on this machine."""
+        files = gr.JSON(visible=False)
+        button = gr.Button(label, size='sm', scale=0, elem_id=name)
+        self._on(button.click, fn, inputs, [files]).then(None, [files], js=_DOWNLOAD)
+
     # --- image -------------------------------------------------------------------------------------------------------
 
     def _image_tab(self) -> None:
@@ -131,7 +136,7 @@ class _Page:
                     self.keep_dc = gr.Checkbox(label='Keep the mean (DC) in band and high-pass', elem_id='keep-dc')
                     self.contrast = gr.Checkbox(label='Restore their contrast', elem_id='contrast')
                     self.space = gr.Radio(
-                        ['normalized', 'pixels'], value='normalized', label='Split what', elem_id='space')
+                        ['normalized', 'pixels'], value='normalized', label='Split the values as', elem_id='space')
                 self.changes = gr.HTML(js_on_load=_ON_CLICK, elem_id='changes')
             with gr.Column(elem_id='view', min_width=300):
                 self.cards = gr.HTML(_WELCOME, elem_id='cards')
@@ -141,11 +146,11 @@ class _Page:
                 self.marks = gr.HTML(elem_id='marks')
                 with gr.Row(elem_id='bottom'):
                     self.command = gr.HTML(elem_id='command')
-                    save_pictures = gr.Button('Pictures (SVG)', size='sm', scale=0, elem_id='save-pictures')
-                    save_charts = gr.Button('Charts (SVG)', size='sm', scale=0, elem_id='save-charts')
-                    save_numbers = gr.Button('Numbers (CSV)', size='sm', scale=0, elem_id='save-numbers')
-        options: list[Any] = [self.keep_dc, self.contrast, self.space]
-        self.view = [self.session, self.radius, self.other, *options]
+                    options: list[Any] = [self.keep_dc, self.contrast, self.space]
+                    self.view = [self.session, self.radius, self.other, *options]
+                    self._save_button('Pictures (SVG)', 'save-pictures', self.save_pictures, self.view)
+                    self._save_button('Charts (SVG)', 'save-charts', self.save_charts, self.view)
+                    self._save_button('Numbers (CSV)', 'save-numbers', self.save_numbers, self.view)
         self.moved = [self.cards, self.marks, self.command]
         for slider in (self.radius, self.other):
             self._on(slider.input, self.move, self.view, self.moved, queue=False)
@@ -154,11 +159,6 @@ class _Page:
         opened = [self.message, *self.moved, self.spectrum, self.scan, self.changes]
         self._scan_after(self._on(self.file.upload, self.upload, [self.file, *self.view], [self.file, *opened]))
         self._on(self.changes.select, self.jump, self.view, [self.radius, *self.moved], queue=False)
-        self._on(save_pictures.click, self.save_pictures, self.view, [self.files]).then(
-            None, [self.files], js=_DOWNLOAD)
-        self._on(save_charts.click, self.save_charts, self.view, [self.files]).then(None, [self.files], js=_DOWNLOAD)
-        self._on(save_numbers.click, self.save_numbers, self.view, [self.files]).then(
-            None, [self.files], js=_DOWNLOAD)
         if about.data is not None and about.data.count:
             self._scan_after(self._on(
                 self.thumbnails.select, self.choose, self.view, [self.thumbnails, *opened]))
@@ -336,8 +336,8 @@ class _Page:
             self.layer_maps = gr.HTML(elem_id='layer-maps', min_width=300)
         with gr.Row(elem_classes='bottom'):
             self.layer_command = gr.HTML(elem_id='layer-command')
-            save_figures = gr.Button('Figures (SVG)', size='sm', scale=0, elem_id='save-layer')
-            save_numbers = gr.Button('Numbers (CSV)', size='sm', scale=0, elem_id='save-layer-numbers')
+            self._save_button('Figures (SVG)', 'save-layer', self.save_layer_figures, [self.session])
+            self._save_button('Numbers (CSV)', 'save-layer-numbers', self.save_layer_numbers, [self.session])
         inputs = [self.session, self.model, self.layer]
         outputs = [self.inside_message, self.layer_spectrum, self.layer_maps, self.layer_command]
         self._on(tab.select, self.list_layers, [self.session, self.model, self.layer], [self.layer]).then(
@@ -345,10 +345,6 @@ class _Page:
         self._on(self.model.input, self.list_layers, inputs, [self.layer]).then(
             self.look_inside, inputs, outputs, show_progress='minimal', api_visibility='private')
         self._on(self.layer.input, self.look_inside, inputs, outputs, show_progress='minimal')
-        self._on(save_figures.click, self.save_layer_figures, [self.session], [self.files]).then(
-            None, [self.files], js=_DOWNLOAD)
-        self._on(save_numbers.click, self.save_layer_numbers, [self.session], [self.files]).then(
-            None, [self.files], js=_DOWNLOAD)
 
     @functools.cache  # noqa: B019, the page lives as long as the process
     def layers_of(self, number: int) -> list[tuple[str, str]]:
@@ -378,7 +374,7 @@ class _Page:
         try:
             with self.about.turns.visitor():
                 spectra = layer_spectra(
-                    subject.loaded.model, [(image, torch.zeros(1))], **chosen,
+                    subject.loaded.model, [(image, torch.zeros(1))], **chosen, channels=None,
                     on_maps=lambda _, signal, x: maps.update({signal: x[0].cpu()}))
         except UserError as e:
             return markup.message(str(e)), '', '', ''
@@ -387,11 +383,13 @@ class _Page:
         title = f'{subject.label}: {Path(session.picture.name).name}'
         session.layer_figures = [
             plots.draw_layers([session.layer], title),
-            plots.draw_maps(maps, strongest_channels(shown, _MAPS), f'{name}: channels with the most energy'),
+            plots.draw_maps(maps, strongest_channels(shown, _MAPS), f'{title}, {name}'),
         ]
-        charts = [markup.chart(plots.figure_svg(figure), name=title) for figure in session.layer_figures]
+        charts = [
+            markup.chart(plots.figure_svg(figure), name=text)
+            for text, figure in zip(('spectra', 'maps of the channels with the most energy'), session.layer_figures)]
         flag = ['--modules', name] if kind == 'module' else ['--gates', name, '--kinds', kind]
-        line = self.about.command('layers', subject.spec, '--image', session.picture.name, *flag)
+        line = self.about.command('layers', subject.spec, '--image', session.picture.name, *flag, '--channels', 'all')
         return markup.layer_summary(session.layer), *charts, markup.command(line)
 
     def save_layer_figures(self, session) -> list[dict[str, str]]:
@@ -429,19 +427,16 @@ class _Page:
                 self.accuracies = gr.HTML(elem_id='accuracies')
         with gr.Row(elem_classes='bottom'):
             self.eval_command = gr.HTML(elem_id='eval-command')
-            save_figure = gr.Button('Figure (SVG)', size='sm', scale=0, elem_id='save-accuracies')
-            save_numbers = gr.Button('Numbers (CSV)', size='sm', scale=0, elem_id='save-accuracies-numbers')
+            inputs = [self.radii, self.count, self.keep_dc, self.contrast, self.space]
+            self._save_button('Figure (SVG)', 'save-accuracies', self.save_accuracies, inputs)
+            self._save_button('Numbers (CSV)', 'save-accuracies-numbers', self.save_accuracy_numbers, inputs)
         timer = gr.Timer(.5, active=False)
-        inputs = [self.radii, self.count, self.keep_dc, self.contrast, self.space]
         outputs = [self.progress, self.accuracies, self.eval_command, timer]
         self._on(run.click, self.evaluate, inputs, outputs)
         self._on(cancel.click, self.stop, inputs, outputs)
         self._on(timer.tick, self.accuracies_so_far, inputs, outputs)
         self._on(tab.select, self.accuracies_so_far, inputs, outputs)
         self._on(self.radii.submit, self.accuracies_so_far, inputs, outputs)
-        self._on(save_figure.click, self.save_accuracies, inputs, [self.files]).then(None, [self.files], js=_DOWNLOAD)
-        self._on(save_numbers.click, self.save_accuracy_numbers, inputs, [self.files]).then(
-            None, [self.files], js=_DOWNLOAD)
 
     def _settings(self, radii, count, keep_dc, contrast, space):
         try:
@@ -494,8 +489,10 @@ class _Page:
         if about.job.state == 'running':
             return bar, gr.skip(), markup.command(line), timer
         figure = self._accuracy_figure(settings)
-        chart = markup.chart(plots.figure_svg(figure), name='accuracy by radius') if figure is not None else \
-            markup.message('There are no numbers for these settings yet: Evaluate computes them.', 'note')
+        if figure is None:
+            chart = markup.message('There are no numbers for these settings yet: Evaluate computes them.', 'note')
+        else:
+            chart = markup.chart(plots.figure_svg(figure), name='accuracy by radius, on the data')
         return bar, chart, markup.command(line), timer
 
     def _accuracy_rows(self, settings) -> dict[str, list[dict[str, str]]]:
