@@ -109,7 +109,7 @@ def test_progress_is_said_in_plain_lines_when_piped(capsys, monkeypatch):
 def test_the_parser_imports_no_capability():
     # importing gmnet_timm registers its models, and so imports torch; capabilities come with the command that needs it
     code = (
-        'import sys; from gmnet_timm.cli.main import _parser; _parser(); '
+        'import sys; from gmnet_timm.cli.main import build_parser; build_parser(); '
         'print([name for name in sys.modules if name.startswith(("gmnet_timm.frequency", "scipy", "matplotlib"))])')
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout == '[]\n'
 

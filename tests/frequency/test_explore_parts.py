@@ -14,7 +14,7 @@ import torch
 import yaml
 from PIL import Image
 
-from gmnet_timm.cli.main import _parser, main
+from gmnet_timm.cli.main import build_parser, main
 from gmnet_timm.cli.options import stated_words
 from gmnet_timm.errors import UserError
 from gmnet_timm.frequency.answers import Change
@@ -177,7 +177,7 @@ def test_a_job_counts_stops_and_says_why_it_failed():
     assert job.start(fail, int)
     job.wait()
     assert (job.state, job.error) == ('failed', 'no such folder')
-    assert 'no such folder' in markup.progress_bar(job, 'x.csv')
+    assert 'no such folder' in markup.progress_bar(job)
 
 
 def test_accuracies_are_kept_beside_the_data(about, folder):
@@ -231,10 +231,10 @@ def test_a_folder_that_cannot_be_written_is_said(folder, monkeypatch):
     ['--img-size', '96', '--crop-pct', '0.9', '--mean', '0.5', '0.4', '0.3', '--std', '0.2']])
 def test_options_of_a_command_can_be_said_again(words):
     def parsed(words):
-        args = vars(_parser().parse_args(['freq', 'explore', 'm', *words]))
+        args = vars(build_parser().parse_args(['freq', 'explore', 'm', *words]))
         return {name: value for name, value in args.items() if name != 'run'}
 
-    again = stated_words(_parser().parse_args(['freq', 'explore', 'm', *words]))
+    again = stated_words(build_parser().parse_args(['freq', 'explore', 'm', *words]))
     assert parsed(again) == parsed(words) and bool(again) == bool(words)
 
 
@@ -263,7 +263,7 @@ def test_the_space_is_the_same_page(monkeypatch):
     monkeypatch.setenv('MODELS', 'hf-hub:a/b hf-hub:c/d')
     with pytest.raises(SystemExit, match='^0$'):
         runpy.run_path(str(SPACE / 'app.py'), run_name='__main__')
-    args = _parser().parse_args(called[0])
+    args = build_parser().parse_args(called[0])
     assert args.models == ['hf-hub:a/b', 'hf-hub:c/d'] and (args.host, args.port) == ('0.0.0.0', 7860)
     header = yaml.safe_load((SPACE / 'README.md').read_text().split('---')[1])
     assert header['sdk'] == 'gradio' and (SPACE / header['app_file']).is_file()

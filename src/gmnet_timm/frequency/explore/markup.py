@@ -174,13 +174,13 @@ def _name(subject: Any, number: int) -> str:
     return subject.class_names[number] if subject.class_names else f'class {number}'
 
 
-def progress_bar(job: Job, where: str) -> str:
+def progress_bar(job: Job) -> str:
     """How far the accuracies are."""
     share = 100 * job.done / job.total if job.total else 0
     if job.state == 'running':
         text = f'{job.done} of {job.total or "…"} batches. It gives way while you move something.'
     else:
-        text = {'': '', 'done': f'Done: {where}', 'stopped': 'Stopped: models that were done are kept.',
+        text = {'': '', 'done': 'Done.', 'stopped': 'Stopped: models that were done are kept.',
                 'failed': job.error}[job.state]
     if not text:
         return ''

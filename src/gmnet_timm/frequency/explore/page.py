@@ -476,8 +476,8 @@ class _Page:
 
     def accuracies_so_far(self, *inputs: Any) -> tuple[Any, ...]:
         """How far it is, and what the table holds for these settings."""
-        about, data = self.about, self.data
-        bar = markup.progress_bar(about.job, str(data.table))
+        about = self.about
+        bar = markup.progress_bar(about.job)
         timer = gr.Timer(active=about.job.state == 'running')
         try:
             settings = self._settings(*inputs)
