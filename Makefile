@@ -3,9 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 # Versions to test with, e.g. `make test CONSTRAINTS=tests/constraints-lowest.txt VENV=.venv-lowest`
 CONSTRAINTS ?=
-# What benchmarks run on needs newer dependencies than the lowest of ours.
+# What benchmarks and the page of `freq explore` run on needs newer dependencies than the lowest of ours.
 comma := ,
-TEST_EXTRAS := demo,freq$(if $(CONSTRAINTS),,$(comma)bench)
+TEST_EXTRAS := demo,freq$(if $(CONSTRAINTS),,$(comma)bench$(comma)explore)
 
 BIN := $(VENV)/bin
 # What is built on timm is tested against the installed wheel.

@@ -16,7 +16,7 @@ from gmnet_timm.frequency.signals import LayerSpectrum
 from gmnet_timm.frequency.tallies import GateTally, ModuleTally, Tally
 from gmnet_timm.frequency.tracing import FoundProduct, Product, Recorder, Trace, trace, watch_modules
 
-__all__ = ['find_blocks', 'layer_spectra', 'list_layers']
+__all__ = ['find_blocks', 'layer_spectra', 'list_layers', 'strongest_channels']
 
 KINDS = ('gate', 'activation', 'attention')
 
@@ -54,6 +54,11 @@ def list_layers(
     return [
         *((name, product.kind) for name, product in products.items()),
         *((name, 'module') for name in find_blocks(found))]
+
+
+def strongest_channels(maps: torch.Tensor, count: int) -> list[int]:
+    """The channels of maps (C, H, W) with the most energy beside their mean, in their order."""
+    return sorted(maps.flatten(1).var(1, correction=0).topk(min(count, len(maps))).indices.tolist())
 
 
 def layer_spectra(
