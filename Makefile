@@ -17,7 +17,7 @@ export OMP_WAIT_POLICY := PASSIVE
 # Tests call the `gmnet-timm` of this environment.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test test-slow test-all test-scripts test-ecosystem bench-gpu docs lint format build clean
+.PHONY: demo test test-slow test-scripts test-ecosystem bench-gpu docs lint format build clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/gmnet-timm demo $(ARGS)
@@ -27,9 +27,6 @@ test: $(VENV)/test.installed
 
 test-slow: $(VENV)/test.installed
 	$(PYTEST) -m 'slow and not ecosystem' $(ARGS)
-
-test-all: $(VENV)/test.installed
-	$(PYTEST) -m 'not ecosystem' $(ARGS)
 
 # With TIMM_SCRIPTS=FOLDER, a checkout of timm's repository: its wheel has no scripts.
 test-scripts: $(VENV)/scripts.installed
