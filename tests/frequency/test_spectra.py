@@ -553,4 +553,4 @@ def test_what_it_costs():
     passes = min(seconds(plain) for _ in range(2))
     watched = min(seconds(lambda: layer_spectra(model, batches)) for _ in range(2))
     print(f'plain passes {passes:.2f} s, with 16 gates watched {watched:.2f} s')
-    assert watched < 1.7 * passes
+    assert watched < 2.5 * passes
