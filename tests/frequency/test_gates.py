@@ -181,10 +181,11 @@ def test_an_activation_whose_input_was_overwritten():
 
 
 def test_activations_on_request():
-    net = Net(lambda net, x: F.gelu(x) + F.relu(x) + F.relu(x.clone(), inplace=True))
+    """They do not change the names of products."""
+    net = Net(lambda net, x: (F.gelu(x) + F.relu(x)) * F.relu(x.clone(), inplace=True))
     products = trace(net, torch.randn(1, 3, 8, 8), activations=True).products
     assert {name: found.kind for name, found in products.items()} == {
-        '': 'activation', '#2': 'activation', '#3': 'activation'}
+        ':gelu': 'activation', ':relu': 'activation', ':relu#2': 'activation', '': 'gate'}
     assert all(found.layouts[0].name == 'NCHW' for found in products.values())
     resnet = timm.create_model('test_resnet').eval()  # its activations work in place
     assert len(trace(resnet, torch.randn(1, 3, 64, 64), activations=True).products) > 5

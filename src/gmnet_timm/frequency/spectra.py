@@ -201,11 +201,11 @@ def _chosen_products(found: Trace, kinds: Sequence[str], patterns: Sequence[str]
 
 
 def _match(patterns: Sequence[str], names: list[str], what: str) -> list[str]:
-    """Names that match, in their order; a name without '#' takes all calls."""
+    """Names that match, in their order; a name without ':' and '#' takes all activations and calls of the module."""
     chosen = set()
     for pattern in patterns:
         hits = [name for name in names if fnmatch.fnmatchcase(name, pattern)
-                or fnmatch.fnmatchcase(name.partition('#')[0], pattern)]
+                or fnmatch.fnmatchcase(re.split('[:#]', name)[0], pattern)]
         if not hits:
             near = [name for name in names if pattern.rpartition('.')[2].strip('*') in name] or names
             raise UserError(f'The model has no {what} {pattern} that runs. There are {listed(near) or "none"}.')

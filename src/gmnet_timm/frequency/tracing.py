@@ -33,7 +33,8 @@ class Product:
     """One elementwise product of two tensors that both depend on the image, or one activation read as a gate.
 
     Attributes:
-        name: Of the module that multiplies, followed by '#2' for its second product, and so on.
+        name: Of the module that multiplies, followed by ':relu' or the like for an activation, and by '#2' for its
+            second product, and so on.
         gate: First operand, or where one of them is what an activation returned, that one.
         value: The other operand.
         product: What comes out.
@@ -392,7 +393,7 @@ class Recorder(TorchDispatchMode):
             return
         tiny = torch.finfo(x.dtype).eps
         gate = torch.where(x.abs() < tiny, note.function(torch.full_like(x, tiny)) / tiny, output / x)
-        self.on_product(Product(self._name(), gate, x, output, x, note.function, 'activation'))
+        self.on_product(Product(self._name(f':{name}'), gate, x, output, x, note.function, 'activation'))
 
     def _written(self, part: torch.Tensor, whole: torch.Tensor) -> None:
         """A part of a tensor was written to."""
@@ -401,10 +402,11 @@ class Recorder(TorchDispatchMode):
         if self.positions is not None:
             self.positions.written(part, whole)
 
-    def _name(self) -> str:
+    def _name(self, what: str = '') -> str:
         name = self.running[-1] if self.running else ''
         if isinstance(self.modules[name], torch.fx.GraphModule):  # multiplies for all modules within
             name = '.'.join(os.path.commonprefix([module.split('.') for module in self.finished])) or name
+        name += what
         self.calls[name] = self.calls.get(name, 0) + 1
         return _numbered(name, self.calls[name])
 
