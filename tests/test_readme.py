@@ -69,4 +69,4 @@ def test_documents_and_ci_use_the_same_tag_of_timm():
     tag, = re.findall(r'repository: huggingface/pytorch-image-models\n +ref: (\S+)', ci)
     for document in ('README.md', 'docs/training.md'):
         text = (ROOT / document).read_text()
-        assert re.findall(r'git clone --branch (\S+) https://github.com/huggingface/pytorch-image-models', text) == [tag]
+        assert re.findall(r'git clone --branch (\S+) \S+/pytorch-image-models', text) == [tag]
