@@ -62,3 +62,11 @@ def test_links_and_pictures_exist():
         for target in re.findall(r'\]\(([^)#]+)[^)]*\)|src="([^"]+)"', document.read_text()):
             target = ''.join(target)
             assert target.startswith('https://') or (document.parent / target).exists(), f'{document}: {target}'
+
+
+def test_documents_and_ci_use_the_same_tag_of_timm():
+    ci = (ROOT / '.github' / 'workflows' / 'ci.yml').read_text()
+    tag, = re.findall(r'repository: huggingface/pytorch-image-models\n +ref: (\S+)', ci)
+    for document in ('README.md', 'docs/training.md'):
+        text = (ROOT / document).read_text()
+        assert re.findall(r'git clone --branch (\S+) \S+/pytorch-image-models', text) == [tag]
