@@ -10,7 +10,7 @@ from torch import nn
 from gmnet_timm.errors import UserError
 from gmnet_timm.frequency import answers
 from gmnet_timm.frequency.bands import Band, BandSplit, SplitOptions, list_bands
-from gmnet_timm.frequency.data import prepare_picture, read_picture
+from gmnet_timm.frequency.data import create_band_loader, prepare_picture, read_picture
 
 SIZE = 64
 LARGEST = 45  # of whole radii below the corner, 32 sqrt(2)
@@ -175,3 +175,13 @@ def test_arrays_of_any_number_of_channels(tmp_path):
     np.save(tmp_path / 'd.npy', array.astype(np.float32))
     with pytest.raises(UserError, match='from 0 to 1'):
         read_picture(tmp_path / 'd.npy', 6)
+
+
+def test_models_of_four_channels_are_evaluated_on_an_image_folder(tmp_path):
+    (tmp_path / 'a').mkdir()
+    Image.new('RGBA', (60, 50), (255, 0, 0, 51)).save(tmp_path / 'a' / '0.png')
+    config = {**CONFIG, 'input_size': (4, 48, 48), 'mean': (0.,) * 4, 'std': (1.,) * 4}
+    images, _ = next(iter(create_band_loader(str(tmp_path), config, workers=0)))
+    torch.testing.assert_close(images[0, :, 0, 0], torch.tensor([1., 0., 0., .2]))
+    with pytest.raises(UserError, match='5 channels'):
+        create_band_loader(str(tmp_path), {**config, 'input_size': (5, 48, 48)})

@@ -1,6 +1,15 @@
 """How well models work on only the low or only the high frequencies of images, and what their layers do with them."""
 from gmnet_timm.frequency.amplitude import LogAmplitude, log_amplitudes, relative_log_amplitude
-from gmnet_timm.frequency.bands import Band, BandAccuracy, SplitOptions, band_images, evaluate_bands, list_bands
+from gmnet_timm.frequency.answers import Change, ScanPoint, bisect_change, confidences, list_changes, scan_radii
+from gmnet_timm.frequency.bands import (
+    Band,
+    BandAccuracy,
+    BandSplit,
+    SplitOptions,
+    band_images,
+    evaluate_bands,
+    list_bands,
+)
 from gmnet_timm.frequency.gates import find_gates, find_products
 from gmnet_timm.frequency.heatmap import HeatmapPoint, directions, fourier_basis, fourier_heatmap, radial_summary
 from gmnet_timm.frequency.sensitivity import Sensitivity, input_sensitivity
@@ -15,9 +24,10 @@ from gmnet_timm.frequency.split import (
 )
 
 __all__ = [
-    'Band', 'BandAccuracy', 'GateStatistics', 'HeatmapPoint', 'LayerSpectrum', 'LogAmplitude', 'Sensitivity', 'Signal',
-    'SplitOptions', 'band_images', 'directions', 'evaluate_bands', 'find_blocks', 'find_gates', 'find_products',
-    'fourier_basis', 'fourier_heatmap', 'frequency_bands', 'input_sensitivity', 'layer_spectra', 'list_bands',
+    'Band', 'BandAccuracy', 'BandSplit', 'Change', 'GateStatistics', 'HeatmapPoint', 'LayerSpectrum',
+    'LogAmplitude', 'ScanPoint', 'Sensitivity', 'Signal', 'SplitOptions', 'band_images', 'bisect_change',
+    'confidences', 'directions', 'evaluate_bands', 'find_blocks', 'find_gates', 'find_products', 'fourier_basis',
+    'fourier_heatmap', 'frequency_bands', 'input_sensitivity', 'layer_spectra', 'list_bands', 'list_changes',
     'list_layers', 'log_amplitudes', 'modes_per_bin', 'num_radial_bins', 'radial_power_spectrum', 'radial_summary',
-    'relative_log_amplitude', 'split_frequencies',
+    'relative_log_amplitude', 'scan_radii', 'split_frequencies',
 ]

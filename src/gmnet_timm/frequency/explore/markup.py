@@ -36,9 +36,7 @@ def cards(picture: Picture, bands: Sequence[Band], options: SplitOptions) -> str
     for column, band in enumerate(bands):
         rows = []
         for group in about.groups():
-            shown, note = displayable(picture.pixels(group[0], band, options), band.kind)
-            size = 'x'.join(map(str, picture.images[group[0]].shape[2:]))
-            rows.append(f'<img src="{_png(shown)}" alt="{html.escape(str(band))}" title="{size} pixels{note}">')
+            rows.append(_part(picture, group[0], band, options))
             for i in group:
                 rows.append(_answers(about, i, band, found[i][column], whole=found[i][0][0][0]))
         radius = '' if band.radius is None else html.escape(_range(band))
@@ -52,6 +50,18 @@ def cards(picture: Picture, bands: Sequence[Band], options: SplitOptions) -> str
     # one screen: with more below them, pictures are smaller
     height = {1: 250 - 34 * (len(about.subjects) - 1), 2: 120}.get(len(about.groups()), 90)
     return f'<div class="cards" style="--height: {max(90, height)}px">{"".join(parts)}</div>'
+
+
+def _part(picture: Picture, number: int, band: Band, options: SplitOptions) -> str:
+    """A part as an image. That of the whole picture is kept: it is there at every move."""
+    if band.radius is None and number in picture.whole:
+        return picture.whole[number]
+    shown, note = displayable(picture.pixels(number, band, options), band.kind)
+    size = 'x'.join(map(str, picture.images[number].shape[2:]))
+    part = f'<img src="{_png(shown)}" alt="{html.escape(str(band))}" title="{size} pixels{note}">'
+    if band.radius is None:
+        picture.whole[number] = part
+    return part
 
 
 def _range(band: Band) -> str:

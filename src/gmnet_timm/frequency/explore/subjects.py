@@ -188,6 +188,7 @@ class Picture:
         self.size = size
         self.images = images
         self.about = about
+        self.whole: dict[int, str] = {}  # what the page shows of the whole picture, by the number of the model
         self._answers: dict[Any, list[tuple[str, float]]] = {}
         self.split = functools.lru_cache(maxsize=2 * len(images))(self._split)
         self.pixels = functools.lru_cache(maxsize=64)(self._pixels)
