@@ -30,6 +30,7 @@ _THUMBNAILS = 6
 _MAPS = 8  # channels that are drawn
 _BATCH_SIZE = 8  # of the background: short passes, so that a visitor does not wait long
 _RADII = (2, 4, 8, 12, 18, 24, 36, 64)
+_KINDS = ('gate', 'activation', 'module')  # of layers, what the page is about first
 _SECONDS = 1.  # between two drawings of a chart that grows
 _SESSION_SECONDS = 3600
 _FILE = Path(__file__)
@@ -352,7 +353,8 @@ class _Page:
         subject = self.about.subjects[number]
         images = torch.zeros(2, *subject.config['input_size'], device=self.about.device)
         with self.about.turns.visitor():
-            return list_layers(subject.loaded.model, images)
+            found = list_layers(subject.loaded.model, images)
+        return sorted(found, key=lambda entry: _KINDS.index(entry[1]))
 
     def list_layers(self, session, label, layer) -> Any:
         """Fill the picker."""
