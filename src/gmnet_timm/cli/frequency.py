@@ -36,6 +36,7 @@ def add_commands(commands) -> None:
     _add_theory(commands)
     _add_study(commands)
     _add_explore(commands)
+    _add_paper(commands)
 
 
 def _add_eval(commands) -> None:
@@ -457,6 +458,30 @@ def _run_explore(args: argparse.Namespace) -> None:
         subjects, data, device, args.workers, stated=tuple(stated_words(args)), stated_names=tuple(name_words),
         stated_data=tuple(data_words))
     serve(about, args.host, args.port)
+
+
+def _add_paper(commands) -> None:
+    parser = _command(
+        commands, 'paper', "a script that makes a figure of the paper's frequency analysis, for ImageNet", _run_paper,
+        output=False)
+    parser.add_argument(
+        'figure', help="resnet18 or mobilenetv2 (learning curves), activations or gates (tables of GmNet-S3)")
+    parser.add_argument('--data-dir', metavar='DIR', help='folder of ImageNet (default: $IMAGENET)')
+    parser.add_argument('--gpus', type=int, default=1, help='GPUs of this machine (default: 1)')
+    parser.add_argument('--batch-size', type=int, default=256, help='images per GPU and forward pass (default: 256)')
+    parser.add_argument(
+        '--train-flags', default='', metavar='FLAGS', help="further flags of train.py, as in --train-flags='--amp'")
+
+
+def _run_paper(args: argparse.Namespace) -> None:
+    """Print a bash script that trains the models of a figure, evaluates them and draws it: pipe it into bash.
+
+    Run again, it resumes each training after its last finished epoch.
+    """
+    from gmnet_timm.training.paper import figure_script
+    from gmnet_timm.training.recipe import plan_layout
+
+    print(figure_script(args.figure, plan_layout(args.gpus, args.batch_size), args.data_dir, args.train_flags), end='')
 
 
 def _command(commands, name: str, text: str, run, output: bool = True, force: bool = True) -> argparse.ArgumentParser:
