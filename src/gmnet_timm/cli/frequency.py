@@ -13,7 +13,7 @@ from gmnet_timm.cli.options import (
     print_notes,
     stated_words,
 )
-from gmnet_timm.errors import UserError
+from gmnet_timm.errors import UserError, listed
 
 DEFAULT_OUTPUT = 'output/freq'
 
@@ -387,31 +387,68 @@ def _power(rate: float) -> str:
 
 def _add_study(commands) -> None:
     parser = _command(
-        commands, 'study', "band accuracy by epoch of the paper's models on photographs", _run_study, force=False)
+        commands, 'study', 'do gates use high frequencies better than activations? trainings, tests and power',
+        _run_study, force=False)
     parser.set_defaults(output=Path('output/freq-study'))
-    parser.add_argument('--seeds', type=int, nargs='+', default=list(range(5)), help='(default: 0 1 2 3 4)')
-    parser.add_argument('--families', nargs='+', choices=['resnet18', 'gmnet_s1'], help='(default: all)')
-    parser.add_argument('--epochs', type=int, default=10, help='(default: %(default)s)')
-    parser.add_argument('--patches', type=int, default=128, help='per photograph (default: %(default)s)')
-    parser.add_argument('--radii', type=float, nargs='+', default=[3., 10.], help='in cycles per patch')
+    parser.add_argument(
+        '--data-dir', type=Path, metavar='DIR',
+        help='image folder with train and validation, such as ImageNet (default: patches of the photographs)')
+    parser.add_argument(
+        '--img-size', type=int, metavar='PIXELS',
+        help="side of the images, from 224 on with the paper's networks (default: 56, 224 with --data-dir)")
+    parser.add_argument(
+        '--radii', type=float, nargs='+', metavar='R',
+        help='in cycles per image (default: 1 2 3 4 6 9 14 for 56 pixels, in proportion for other sizes)')
+    parser.add_argument('--seeds', type=int, nargs='+', default=list(range(10)), help='(default: 0 to 9)')
+    parser.add_argument(
+        '--tuning-seeds', type=int, default=2, metavar='N',
+        help='further seeds to choose each learning rate with (default: %(default)s)')
+    parser.add_argument(
+        '--learning-rates', type=float, nargs='+', default=[3e-3, 1e-2, 3e-2], metavar='LR',
+        help='to choose from (default: 0.003 0.01 0.03)')
+    parser.add_argument('--bodies', nargs='+', choices=['ResNet', 'MobileNetV2'], help='(default: both)')
+    parser.add_argument(
+        '--variants', nargs='+', metavar='VARIANT', help='such as "ReLU(x)" "x·x" (default: those of docs/study.md)')
+    parser.add_argument('--epochs', type=int, default=5, help='(default: %(default)s)')
+    parser.add_argument('--batch-size', type=int, default=32, help='(default: %(default)s)')
+    parser.add_argument('--workers', type=int, default=8, help='processes that load images (default: %(default)s)')
     parser.add_argument('--device', default='auto', help='(default: a GPU if there is one)')
 
 
 def _run_study(args: argparse.Namespace) -> None:
-    """Train the paper's subjects on photographs and draw their band accuracy by epoch. A repeated call goes on."""
+    """Train small networks with each activation and gate, and compare them on low-pass and high-pass images.
+
+    A repeated call goes on where the last one stopped. Writes tables, report.md and figures.
+    """
     import torch
 
     from gmnet_timm.device import resolve_device
+    from gmnet_timm.frequency.extras import require_matplotlib, require_scipy
     from gmnet_timm.frequency.split import check_corner
-    from gmnet_timm.frequency.study import SUBJECTS, StudySettings, format_summary, run_study
+    from gmnet_timm.frequency.study import StudySettings, run_study
+    from gmnet_timm.frequency.study_data import FolderData, PhotoData
+    from gmnet_timm.frequency.study_models import STUDIED, VARIANTS
+    from gmnet_timm.frequency.study_report import write_report
 
-    check_corner(args.radii, (64, 64))
-    if args.epochs < 2 or args.patches < 4:
-        raise UserError('The study needs at least 2 epochs (the first is the warm-up) and 4 patches a photograph.')
+    require_matplotlib()
+    require_scipy('stats')
+    size = args.img_size or (224 if args.data_dir else 56)
+    radii = tuple(args.radii or (radius * size / 56 for radius in StudySettings.radii))
+    check_corner(radii, (size, size))
+    if args.epochs < 2 or args.batch_size < 2 or len(set(args.seeds)) < 2 or args.tuning_seeds < 1:
+        raise UserError('The study needs at least 2 epochs (the first is the warm-up), 2 images per batch, 2 seeds to '
+                        'compare and 1 to tune.')
     device = torch.device(resolve_device(args.device))
-    settings = StudySettings(epochs=args.epochs, patches=args.patches, radii=tuple(args.radii))
-    summary = run_study(args.output, settings, args.seeds, args.families or tuple(SUBJECTS), device)
-    print(f'\n{format_summary(summary)}\n\n{args.output / "summary.csv"} and figures beside it')
+    data = FolderData(args.data_dir, size, args.batch_size, args.workers) if args.data_dir \
+        else PhotoData(size, batch_size=args.batch_size)
+    unknown = [variant for variant in args.variants or () if variant not in VARIANTS]
+    if unknown:
+        raise UserError(f'There is no variant {listed(unknown)}. Variants: {", ".join(VARIANTS)}.')
+    pairs = [(body, variant) for body in args.bodies or STUDIED for variant in args.variants or STUDIED[body]]
+    run_study(
+        args.output, data, StudySettings(radii, args.epochs), pairs, args.learning_rates, args.seeds,
+        args.tuning_seeds, device)
+    print(f'\n{write_report(args.output)}\n{args.output / "report.md"} and figures beside it')
 
 
 def _add_explore(commands) -> None:

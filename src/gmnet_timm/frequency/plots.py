@@ -25,9 +25,9 @@ from gmnet_timm.frequency.signals import LayerSpectrum
 from gmnet_timm.frequency.split import modes_per_bin, radial_power_spectrum
 
 __all__ = [
-    'Curves', 'band_title', 'displayable', 'draw_band_accuracy', 'draw_band_curves', 'draw_heatmaps',
-    'draw_image_panel', 'draw_image_spectrum', 'draw_layers', 'draw_log_amplitudes', 'draw_maps', 'draw_scan',
-    'draw_sensitivity', 'figure_svg', 'plot_accuracy', 'plot_gain', 'plot_heatmap', 'plot_image_spectrum',
+    'Curves', 'band_title', 'displayable', 'draw_band_accuracy', 'draw_band_curves', 'draw_comparisons',
+    'draw_confusion', 'draw_heatmaps', 'draw_image_panel', 'draw_image_spectrum', 'draw_layers', 'draw_log_amplitudes',
+    'draw_maps', 'draw_scan', 'draw_sensitivity', 'figure_svg', 'plot_accuracy', 'plot_gain', 'plot_heatmap', 'plot_image_spectrum',
     'plot_log_amplitude', 'plot_radial_error', 'plot_scan', 'plot_sensitivity', 'plot_spectrum', 'radius_axis',
     'save_figure',
 ]
@@ -42,6 +42,8 @@ _LINES: list[dict[str, Any]] = [
     dict(linestyle=':', marker='D', color='#777777', markerfacecolor='white'),
     dict(linestyle=(0, (5, 1)), marker='v', color='#009e73'),
     dict(linestyle=(0, (1, 1)), marker='X', color='#aa4499'),
+    dict(linestyle=(0, (3, 1, 1, 1)), marker='P', color='#e69f00'),
+    dict(linestyle='-', marker='*', color='#56b4e9', markerfacecolor='white'),
 ]
 _SIGNALS = {  # style and label of each signal of a layer
     'input': (1, 'input'), 'output': (0, 'output'), 'gate': (2, 'gate operand'), 'value': (1, 'value operand'),
@@ -330,8 +332,7 @@ def draw_band_accuracy(curves: Curves, title: str = '', chance: float | None = N
         title: Title of the figure.
         chance: Accuracy at chance in percent.
     """
-    kinds = [kind for kind in ('low', 'high', 'band-pass', 'band-stop')
-             if any((kind, '') in bands for bands in curves.values())]
+    kinds = list(dict.fromkeys(kind for bands in curves.values() for kind, _ in bands if kind != 'raw'))
     figure, axes = _figure(1, max(1, len(kinds)), 4.2, 3.2, sharex=True, sharey=True)
     for axis, kind in zip(axes[0], kinds):
         plot_accuracy({label: bands.get((kind, ''), []) for label, bands in curves.items()}, axis, chance=chance)
@@ -342,6 +343,9 @@ def draw_band_accuracy(curves: Curves, title: str = '', chance: float | None = N
         axis.set_xlabel('radius (cycles/image)')
         axis.set_ylabel('top-1 (%)')
         axis.tick_params(labelleft=True)
+    tops = [max(y for y in point[1:] if not math.isnan(y)) for bands in curves.values()
+            for points in bands.values() for point in points]
+    axes[0][0].set_ylim(0, 1.05 * max(tops))  # the lines of raw images lie above what the panels hold
     return _with_legend(figure, title, axes[0][0])
 
 
@@ -551,6 +555,56 @@ def figure_svg(figure: Any, crop: bool = True) -> str:
     with matplotlib.rc_context({'svg.fonttype': 'none'}):
         figure.savefig(text, format='svg', bbox_inches='tight' if crop else None)
     return text.getvalue()
+
+
+def draw_comparisons(
+        panels: Mapping[str, Sequence[tuple[str, float, float, float, bool]]],
+        title: str = '',
+) -> Any:
+    """Differences with their intervals, one panel per outcome.
+
+    Args:
+        panels: Label, difference, bounds, and whether it is significant (a filled marker), by outcome; the labels of
+            the first panel are those of all.
+        title: Title of the figure.
+    """
+    rows = len(next(iter(panels.values())))
+    figure, axes = _figure(1, len(panels), 3.6, .3 * rows, sharey=True)
+    for axis, (outcome, lines) in zip(axes[0], panels.items()):
+        for i, (_, middle, low, high, significant) in enumerate(lines):
+            axis.plot([low, high], [i, i], color='black', linewidth=1)
+            axis.plot(middle, i, 'o', color='black', markerfacecolor='black' if significant else 'white')
+        axis.axvline(0, color='gray', linewidth=.8)
+        axis.set_title(outcome, fontsize=10)
+        axis.set_xlabel('points')
+        axis.grid(alpha=.3)
+    axes[0][0].set_yticks(range(rows), [line[0] for line in next(iter(panels.values()))], fontsize=9)
+    axes[0][0].invert_yaxis()
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def draw_confusion(matrices: Mapping[str, tuple[Sequence[str], Sequence[Sequence[int]]]], title: str = '') -> Any:
+    """Confusion matrices by title, as shares of each row: the classes, and counts by label and answer."""
+    columns = min(3, len(matrices))
+    figure, axes = _figure(math.ceil(len(matrices) / columns), columns, 3.4, 3.4)
+    for axis, (name, (classes, counts)) in zip(axes.flat, matrices.items()):
+        table = torch.tensor(counts, dtype=torch.float64)
+        table /= table.sum(1, keepdim=True)
+        axis.imshow(table, vmin=0, vmax=1, cmap='Greys')
+        axis.set_title(name, fontsize=10)
+        if len(classes) <= 20:
+            axis.set_xticks(range(len(classes)), classes, rotation=90, fontsize=8)
+            axis.set_yticks(range(len(classes)), classes, fontsize=8)
+            for label, row in enumerate(table.tolist()):
+                for answer, share in enumerate(row):
+                    if share >= .05:
+                        axis.text(answer, label, f'{100 * share:.0f}', ha='center', va='center', fontsize=7,
+                                  color='white' if share > .5 else 'black')
+        axis.set_xlabel('answer', fontsize=9)
+        axis.set_ylabel('label', fontsize=9)
+    figure.suptitle(f'{title}; percent of each row', fontsize=11)
+    return figure
 
 
 def _own(ax: Any) -> Any:
