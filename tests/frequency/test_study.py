@@ -227,9 +227,11 @@ def test_study_goes_on_after_sigkill_and_gives_what_it_would_have_given(tmp_path
     process.send_signal(signal.SIGKILL)
     process.wait()
     finished = {path: path.stat().st_mtime_ns for path in (tmp_path / 'killed').glob('runs/*.json')}
-    torch.set_num_threads(1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the killed process: sums of several threads differ in the last digits
     for name in ('killed', 'whole'):
         assert main(['freq', 'study', *ARGS, '--output', str(tmp_path / name)]) == 0
+    torch.set_num_threads(threads)
     capsys.readouterr()
     assert finished == {path: path.stat().st_mtime_ns for path in finished}
     for name in ('tuning.csv', 'power.csv', 'accuracy.csv', 'gates.csv', 'confusion.csv', 'controls.csv', 'tests.csv'):
@@ -345,6 +347,13 @@ def test_what_the_page_says_in_words_is_what_the_files_say():
     means = {outcome: {pair: np.mean(list(by_seed.values())) for pair, by_seed in values.items()}
              for outcome, values in found.items()}
     assert all(means['high-shifted'][pair] < mean for pair, mean in means['high'].items())  # falls for every variant
+    gates = [c for c in study_report.compare(found['high']) if c.second[1] in ('ReLU(x)', 'GELU(x)')]
+    resnet = [c for c in gates if c.first[0] == 'ResNet']
+    assert len(gates) == 10 and all(c.high < 4 for c in gates)
+    assert len(resnet) == 6 and all(c.mean < 0 and c.high < 2 for c in resnet)
+    stds = [c.std for c in gates if c not in resnet]
+    power, = (row for row in _rows(folder / 'power.csv') if row['body'] == 'MobileNetV2')
+    assert float(power['std']) > 2 * max(stds)  # the pilot's was far too high
     gates = [row for row in _rows(folder / 'gates.csv') if row['variant'] == 'ReLU6(x)·x']
     assert np.mean([float(row['clipped']) for row in gates]) < .001  # hardly any value reaches the kink at 6
 

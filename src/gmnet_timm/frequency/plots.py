@@ -27,9 +27,9 @@ from gmnet_timm.frequency.split import modes_per_bin, radial_power_spectrum
 __all__ = [
     'Curves', 'band_title', 'displayable', 'draw_band_accuracy', 'draw_band_curves', 'draw_comparisons',
     'draw_confusion', 'draw_heatmaps', 'draw_image_panel', 'draw_image_spectrum', 'draw_layers', 'draw_log_amplitudes',
-    'draw_maps', 'draw_scan', 'draw_sensitivity', 'figure_svg', 'plot_accuracy', 'plot_gain', 'plot_heatmap', 'plot_image_spectrum',
-    'plot_log_amplitude', 'plot_radial_error', 'plot_scan', 'plot_sensitivity', 'plot_spectrum', 'radius_axis',
-    'save_figure',
+    'draw_maps', 'draw_scan', 'draw_sensitivity', 'figure_svg', 'plot_accuracy', 'plot_gain', 'plot_heatmap',
+    'plot_image_spectrum', 'plot_log_amplitude', 'plot_radial_error', 'plot_scan', 'plot_sensitivity', 'plot_spectrum',
+    'radius_axis', 'save_figure',
 ]
 
 # label -> (band, radius as text) -> points (x, percent, lower bound, upper bound)
@@ -591,7 +591,7 @@ def draw_confusion(matrices: Mapping[str, tuple[Sequence[str], Sequence[Sequence
     for axis, (name, (classes, counts)) in zip(axes.flat, matrices.items()):
         table = torch.tensor(counts, dtype=torch.float64)
         table /= table.sum(1, keepdim=True)
-        axis.imshow(table, vmin=0, vmax=1, cmap='Greys')
+        axis.imshow(table.numpy(), vmin=0, vmax=1, cmap='Greys')
         axis.set_title(name, fontsize=10)
         if len(classes) <= 20:
             axis.set_xticks(range(len(classes)), classes, rotation=90, fontsize=8)

@@ -241,7 +241,7 @@ def _gates_table(rows: Rows) -> str:
         smallest = min((int(gate['height']), int(gate['width'])) for gate in gates)
         body.append([
             *pair, '{}×{}'.format(*smallest), f'{min(stds):.2f} to {max(stds):.2f}',
-            f'{sum(clipped) / len(clipped):.3f}' if '6' in pair[1] else ''])
+            f'{sum(clipped) / len(clipped):.2g}' if '6' in pair[1] else ''])
     return _table(['body', 'variant', 'smallest map', 'standard deviation before it', 'clipped, % of all values'], body)
 
 
