@@ -63,14 +63,6 @@ def test_study_errors(tmp_path, capsys, argv, message):
     assert not (tmp_path / 'out').exists()
 
 
-def test_theory_command(capsys):
-    assert main(['freq', 'theory', '--amplitude', '9', '--harmonics', '5']) == 0
-    printed = capsys.readouterr().out
-    assert 'relu6 n^-1.99' in printed or 'relu6 n^-2.0' in printed
-    assert '40.500000 (40.500000)' in printed  # A^2 / 2
-    assert main(['freq', 'theory', '--amplitude', '-1']) == 1
-
-
 def test_one_seed_has_no_interval():
     rows = [dict(family='f', label='l', model='m', epoch=1, band='raw', radius='', top1=40.)]
     row, = study.summarize(rows)
