@@ -62,21 +62,29 @@ def test_depthwise_is_a_convolution_of_maps_that_wrap_around():
         torch.testing.assert_close(found[i].view(5, 3, 8, 8), expected)
 
 
-def test_adam_is_torchs_and_replicas_do_not_mix():
-    task = Sinusoids([3, 4])
-    network = _network('gelu*x', task)
-    p = {name: x.requires_grad_() for name, x in network.initial(task.seeds).items()}
-    alone = {name: x[1:].detach().clone().requires_grad_() for name, x in p.items()}
-    optimizer = torch.optim.Adam(alone.values(), lr=.01)
+def test_adam_is_torchs_with_a_learning_rate_per_replica():
+    generator = torch.Generator().manual_seed(0)
+    target = 5 + torch.randn(2, 3, 4, generator=generator)
+    p = {'a': torch.zeros(2, 3, 4, requires_grad=True)}
+    expected = [torch.zeros(3, 4, requires_grad=True) for _ in range(2)]
+    optimizers = [torch.optim.Adam([x], lr=lr) for x, lr in zip(expected, (.1, .01))]
     state = {}
-    x, y = task.data
-    for step in range(1, 6):
-        train_step(task.loss(network(p, x), y), p, state, torch.tensor([.1, .01]), step)
-        optimizer.zero_grad()
-        task.loss(network(alone, x[1:]), y[1:]).sum().backward()
-        optimizer.step()
-    for name, value in p.items():
-        torch.testing.assert_close(value[1:], alone[name], rtol=1e-4, atol=1e-5)
+    for step in range(1, 21):
+        train_step((p['a'] - target).square().sum((1, 2)), p, state, torch.tensor([.1, .01]), step)
+        for i, optimizer in enumerate(optimizers):
+            optimizer.zero_grad()
+            (expected[i] - target[i]).square().sum().backward()
+            optimizer.step()
+    torch.testing.assert_close(p['a'].detach(), torch.stack(expected).detach(), rtol=0, atol=1e-5)
+
+
+def test_replicas_do_not_mix():
+    task = BandImages('texture', 'white', [3, 4])
+    network = _network('gelu*x', task)
+    p, (x, y) = network.initial(task.seeds), task.batch()
+    both = task.loss(network(p, x), y)
+    alone = task.loss(network({name: value[1:] for name, value in p.items()}, x[1:]), y[1:])
+    assert both[1].item() == pytest.approx(alone.item(), rel=1e-5) and both[0] != both[1]
 
 
 def test_scale_is_that_of_what_enters_the_activation():

@@ -86,11 +86,14 @@ def test_comparison_reports_its_error():
         assert 0 <= harmonics.error < 1e-8
 
 
-@pytest.mark.parametrize('amplitude, activation, third, fifth', [
-    (1.4, 'relu', .78, .18), (12., 'relu', .78, .18), (12., 'relu6', 1.57, .46), (12., 'gelu', 2.96, .07)])
-def test_share_of_high_harmonics(amplitude, activation, third, fifth):
-    found = next(h for h in theory.compare_harmonics(amplitude, 2000) if h.activation == activation)
-    assert (100 * found.share(3), 100 * found.share(5)) == pytest.approx((third, fifth), abs=.006)
+@pytest.mark.parametrize('amplitude, activation, gate, third, fifth', [
+    (1.4, 'relu', False, .78, .18), (1.4, 'relu6', True, 2.95, .07), (1.4, 'gelu', True, 5.23, .03),
+    (12., 'relu', False, .78, .18), (12., 'relu6', True, 1.57, .46), (12., 'gelu', True, 2.96, .07)])
+def test_share_of_high_harmonics(amplitude, activation, gate, third, fifth):
+    """Per cent of the energy in harmonics from the third and from the fifth on, from an independent program."""
+    found = theory.measured_harmonics(activation, amplitude, 4000, gate=gate)
+    shares = [100 * theory.energy_share(found, first) for first in (3, 5)]
+    assert shares == pytest.approx([third, fifth], abs=.006)
 
 
 # --- Gaussian maps ---------------------------------------------------------------------------------------------------
@@ -145,7 +148,7 @@ def test_command_for_tones(tmp_path, capsys):
     assert main([*argv, '--amplitude', '-1']) == 1
 
 
-def test_command_for_maps_and_for_a_model(tmp_path, capsys):
+def test_command_for_maps(tmp_path, capsys):
     assert main(['freq', 'theory', '--output', str(tmp_path), '--scales', '1.4', '--no-figure']) == 0
     assert '0.239' in capsys.readouterr().out
     assert 'relu6*x,1.4,' in (tmp_path / 'theory.csv').read_text()
@@ -153,6 +156,10 @@ def test_command_for_maps_and_for_a_model(tmp_path, capsys):
     assert '--force' in capsys.readouterr().err
     assert main(['freq', 'theory', '--output', str(tmp_path / 'a'), '--functions', 'gelu*v', '--no-figure']) == 1
     assert 'second map' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_command_for_a_model(tmp_path, capsys):
     (tmp_path / 'data' / 'a').mkdir(parents=True)
     rng = np.random.default_rng(0)
     for i in range(2):

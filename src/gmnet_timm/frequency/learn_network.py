@@ -114,7 +114,7 @@ class Network:
 
 
 def train_step(loss: torch.Tensor, p: Parameters, state: dict[str, Parameters], lr: torch.Tensor, step: int) -> None:
-    """One step of Adam (0.9, 0.999, 1e-8) with a learning rate per replica.
+    """One step of Adam (0.9, 0.999, 1e-8 before the bias correction) with a learning rate per replica.
 
     Args:
         loss: Loss of each replica, (R,).

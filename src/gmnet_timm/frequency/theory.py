@@ -36,7 +36,8 @@ from gmnet_timm.frequency.variants import Variant
 
 __all__ = [
     'ACTIVATIONS', 'FUNCTIONS', 'Harmonics', 'MapPrediction', 'closed_form_harmonics', 'compare_harmonics',
-    'decay_rate', 'gate_rows', 'map_row', 'measured_harmonics', 'pointwise', 'predict_maps', 'scale_where',
+    'decay_rate', 'energy_share', 'gate_rows', 'map_row', 'measured_harmonics', 'pointwise', 'predict_maps',
+    'scale_where',
 ]
 
 ACTIVATIONS = ('identity', 'relu', 'gelu', 'relu6')
@@ -97,13 +98,13 @@ def map_row(prediction: MapPrediction) -> dict[str, Any]:
 def scale_where(first: str, second: str, ratio: float, size: int = 64, exponent: float = 1.) -> float:
     """Scale at which high/low of the first function is `ratio` times that of the second, infinity where it never is.
 
-    Searched for from 0.1 to 1,000, as the smallest such scale on a grid of 30 per decade, and then refined.
+    Searched for from 0.1 to 1,000: the smallest such scale on a grid of 6 per decade, refined.
     """
     def difference(log_scale: float) -> float:
         a, b = (p.output.high_low_ratio for p in predict_maps((first, second), [10 ** log_scale], size, exponent))
         return a / b - ratio
 
-    grid = [i / 30 - 1 for i in range(121)]
+    grid = [i / 6 - 1 for i in range(25)]
     values = [difference(x) for x in grid]
     for x, y, a, b in zip(grid, grid[1:], values, values[1:]):
         if a * b <= 0:
@@ -180,11 +181,6 @@ class Harmonics:
         """Largest difference of measured and closed form, relative to the largest amplitude."""
         return max(abs(m - c) for m, c in zip(self.measured, self.closed_form, strict=True)) / max(self.closed_form)
 
-    def share(self, first: int) -> float:
-        """Share of the energy without the mean in harmonics from `first` on, of those that were counted."""
-        energies = [amplitude ** 2 for amplitude in self.closed_form]
-        return sum(energies[first:]) / sum(energies[1:])
-
 
 def compare_harmonics(amplitude: float = 12., count: int = 9) -> list[Harmonics]:
     """Measure harmonics 0 to count - 1 of each activation's gate and set them against the closed form.
@@ -230,6 +226,12 @@ def measured_harmonics(
     spectrum = torch.fft.rfft(y * x if gate else y, norm='forward').abs()[:count]
     spectrum[1:] *= 2
     return spectrum
+
+
+def energy_share(amplitudes: torch.Tensor, first: int) -> float:
+    """Share of the energy without the mean in harmonics from `first` on, for the amplitudes of harmonics 0, 1, 2, …"""
+    energies = amplitudes.square()
+    return (energies[first:].sum() / energies[1:].sum()).item()
 
 
 def closed_form_harmonics(activation: str, amplitude: float, count: int) -> torch.Tensor:
