@@ -272,16 +272,23 @@ def test_errors_come_before_the_work(tmp_path, capsys, argv, message):
 
 
 def test_the_learning_rate_is_the_one_with_the_smallest_loss(monkeypatch):
-    losses = {.1: math.nan, .01: 1., .001: 2.}
+    """Also where it lies beyond those that were given, and where a training diverges."""
+    best = .03
 
     def train(task, variant, rates, steps, scale, marks):
+        losses = [math.nan if rate > .5 else abs(math.log(rate / best)) for rate in rates]
         return dict(
-            losses=[[losses[rate]] * len(marks) for rate in rates for _ in task.seeds],
-            values=[[[.5] * 10] * len(marks) for rate in rates for _ in task.seeds],
+            losses=[[loss] * len(marks) for loss in losses for _ in task.seeds],
+            values=[[[.5] * 10] * len(marks) for _ in rates for _ in task.seeds],
             parameters=1, pre_gate_std=[1.], beyond_6=[0.])
 
     monkeypatch.setattr(learn, '_train', train)
-    settings = learn.Settings(learning_rates=(.1, .01, .001))
-    run = learn._run('regression', 'relu', settings)
-    assert run['learning_rate'] == .01 and not run['at_edge']
-    assert learn._run('regression', 'relu', learn.Settings(learning_rates=(.1, .01)))['at_edge']
+
+    def run(*rates):
+        found = learn._run('regression', 'relu', learn.Settings(learning_rates=rates))
+        return found['learning_rate'], found['at_edge'], len(learn.tuning_rows([found])) // 2
+
+    assert run(.001, .01, .03, 1.) == (.03, False, 4)
+    assert run(.001, .003) == (.027, False, 5)  # .009, .027, .081
+    assert run(.4, .2) == (.025, True, 5)
+    assert run(.1) == (.1, False, 1)

@@ -466,7 +466,8 @@ def _add_learn(commands) -> None:
     parser.add_argument('--seeds', type=int, nargs='+', default=list(range(10)), help='(default: 0 to 9)')
     parser.add_argument(
         '--learning-rates', type=float, nargs='+', default=[1e-3, 3e-3, 1e-2, 3e-2], metavar='LR',
-        help='what is tried for each variant, with seeds of its own (default: 0.001 0.003 0.01 0.03)')
+        help='what is tried for each variant with seeds of its own, and beyond if the best is the first or the last '
+             '(default: 0.001 0.003 0.01 0.03)')
     parser.add_argument('--steps', type=int, default=500, help='of a training (default: %(default)s)')
     parser.add_argument(
         '--scale', type=float, default=1.,

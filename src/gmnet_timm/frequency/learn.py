@@ -1,7 +1,8 @@
 """What is learned at which frequency, and when: small networks with different activations and gates, side by side.
 
-The rule for the learning rate is the same for all: of `Settings.learning_rates`, the one with the smallest mean loss at
-the end over `Settings.tuning_seeds`, which are not used for results. Variants are compared by seed: the same seed means
+The rule for the learning rate is the same for all: the one with the smallest mean loss at the end over
+`Settings.tuning_seeds`, which are not used for results. It is chosen from `Settings.learning_rates`; where the first or
+the last of them is the best, up to three more are tried beyond it. Variants are compared by seed: the same seed means
 the same data and, with the same shapes, the same initial weights.
 """
 import dataclasses
@@ -48,7 +49,7 @@ class Settings:
     Attributes:
         seeds: Seeds of the results.
         tuning_seeds: Seeds that choose the learning rate.
-        learning_rates: What it is chosen from. They fall to 0 along a cosine after 5 % of warm-up.
+        learning_rates: Where the choice begins. A rate falls to 0 along a cosine after 5 % of warm-up.
         steps: Steps of a training.
         scale: Standard deviation of what enters the activation at the start, about.
     """
@@ -127,7 +128,7 @@ def tuning_rows(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [
         dict(task=run['task'], variant=run['variant'], learning_rate=lr, seed=seed, loss=_short(loss),
              chosen=int(lr == run['learning_rate']))
-        for run in runs for lr, losses in zip(run['settings']['learning_rates'], run['tuning_losses'])
+        for run in runs for lr, losses in (tuned.values() for tuned in run['tuning'])
         for seed, loss in zip(run['settings']['tuning_seeds'], losses)
     ]
 
@@ -256,30 +257,47 @@ def _read_run(path: Path, settings: Settings, force: bool) -> dict[str, Any] | N
 def _run(task: str, variant: str, settings: Settings) -> dict[str, Any]:
     """Choose the learning rate, train with all seeds, and note what is needed to repeat it."""
     start = time.perf_counter()
-    steps, rates = settings.steps, settings.learning_rates
-    tuning = _train(create_task(task, settings.tuning_seeds), variant, rates, steps, settings.scale, [steps])
-    final = [losses[-1] for losses in tuning['losses']]
-    count = len(settings.tuning_seeds)
-    tuning_losses = [final[i * count:(i + 1) * count] for i in range(len(rates))]
-    means = [stdlib.fmean(losses) for losses in tuning_losses]
-    best = min(range(len(rates)), key=lambda i: means[i] if math.isfinite(means[i]) else math.inf)
+    tuning, best = _tune(task, variant, settings)
     data = create_task(task, settings.seeds)
-    marks = _marks(steps, logarithmic=isinstance(data, Sinusoids))
-    found = _train(data, variant, rates[best:best + 1], steps, settings.scale, marks)
+    marks = _marks(settings.steps, logarithmic=isinstance(data, Sinusoids))
+    found = _train(data, variant, [best], settings.steps, settings.scale, marks)
     return dict(
         task=task,
         variant=variant,
         bands=data.bands,
         high=data.high,
-        learning_rate=rates[best],
-        at_edge=len(rates) > 1 and best in (0, len(rates) - 1),
-        tuning_losses=tuning_losses,
+        learning_rate=best,
+        at_edge=len(tuning) > 1 and best in (min(tuning), max(tuning)),
+        tuning=[dict(learning_rate=rate, losses=losses) for rate, losses in tuning.items()],
         steps=marks,
         **found,
         settings=_as_json(settings),
         seconds=round(time.perf_counter() - start, 1),
         made_by=_made_by(),
     )
+
+
+def _tune(task: str, variant: str, settings: Settings) -> tuple[dict[float, list[float]], float]:
+    """Losses of the tuning seeds by learning rate, in order of the rates, and the best rate."""
+    def losses_of(rates: Sequence[float]) -> dict[float, list[float]]:
+        data = create_task(task, settings.tuning_seeds)
+        found = _train(data, variant, rates, settings.steps, settings.scale, [settings.steps])
+        final, count = [losses[-1] for losses in found['losses']], len(data.seeds)
+        return {rate: final[i * count:(i + 1) * count] for i, rate in enumerate(rates)}
+
+    def mean(rate: float) -> float:
+        value = stdlib.fmean(tuning[rate])
+        return value if math.isfinite(value) else math.inf
+
+    tuning = losses_of(sorted(settings.learning_rates))
+    for _ in range(3 if len(tuning) > 1 else 0):
+        rates, best = list(tuning), min(tuning, key=mean)
+        if best not in (rates[0], rates[-1]):
+            break
+        end, inner = (rates[0], rates[1]) if best == rates[0] else (rates[-1], rates[-2])
+        tuning.update(losses_of([_short(end * end / inner)]))
+        tuning = dict(sorted(tuning.items()))
+    return tuning, min(tuning, key=mean)
 
 
 def _marks(steps: int, logarithmic: bool) -> list[int]:
