@@ -41,6 +41,7 @@ def run(command, folder):
 @pytest.mark.parametrize('document', [
     'README.md',
     'docs/frequency.md',
+    'docs/theory.md',
     pytest.param('docs/ecosystem.md', marks=[
         pytest.mark.ecosystem, pytest.mark.skipif(sys.version_info < (3, 11), reason='timmx needs Python 3.11')]),
 ])

@@ -93,15 +93,17 @@ def run_learn(
         (task, variant): output / 'runs' / f'{task}-{variant.replace("*", "-")}.json'
         for task in tasks for variant in variants or VARIANTS[task.partition('-')[0]]
     }
-    runs = {key: _read_run(path, settings, force) for key, path in paths.items()}
+    finished = {path: _read_run(path, settings, force) for path in paths.values()}
+    found = []
     for i, ((task, variant), path) in enumerate(paths.items()):
-        if runs[task, variant] is None:
-            run = runs[task, variant] = _run(task, variant, settings)
+        run = finished[path]
+        if run is None:
+            run = _run(task, variant, settings)
             write_json(run, path)
             edge = ', the first or last that was tried' if run['at_edge'] else ''
             log(f'{i + 1}/{len(paths)} {task} {variant}: {run["seconds"]:.0f} s, '
                 f'learning rate {run["learning_rate"]:g}{edge}')
-    found = list(runs.values())
+        found.append(run)
     for task in tasks:
         write_csv(curve_rows(found, task), output / f'{task}.csv')
     write_csv(tuning_rows(found), output / 'tuning.csv')
@@ -150,8 +152,8 @@ def summary_rows(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def comparison_rows(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """Paired differences between variants of each task, for its two main outcomes.
 
-    Compared are each gate with its own activation and with `REFERENCE`. Holm's correction is over all comparisons of a
-    task. There are none for one seed.
+    Compared are each gate with its own activation, and `REFERENCE` with each other gate and with ReLU, as in the paper.
+    Holm's correction is over all comparisons of a task. There are none for one seed.
     """
     rows = []
     for task in dict.fromkeys(run['task'] for run in runs):
@@ -162,9 +164,9 @@ def comparison_rows(runs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if not pairs or min(map(len, values.values())) < 2:
             continue
         keys = [((a, outcome), (b, outcome)) for outcome in mains for a, b in pairs]
-        for comparison in compare_pairs(values, keys):
+        for ((first, outcome), (second, _)), comparison in zip(keys, compare_pairs(values, keys)):
             rows.append(dict(
-                task=task, outcome=comparison.first[1], first=comparison.first[0], second=comparison.second[0],
+                task=task, outcome=outcome, first=first, second=second,
                 difference=_short(comparison.mean), low=_short(comparison.low), high=_short(comparison.high),
                 p=_short(comparison.p), p_holm=_short(comparison.p_holm), seeds=comparison.count, family=len(keys)))
     return rows
@@ -177,11 +179,12 @@ def format_summary(runs: Sequence[dict[str, Any]]) -> str:
     for task in dict.fromkeys(row['task'] for row in rows):
         found = [row for row in rows if row['task'] == task]
         outcomes = list(dict.fromkeys(row['outcome'] for row in found))
-        lines += ['', f'{task:<20}' + ''.join(f'{outcome:>26}' for outcome in outcomes)]
+        lines += ['', f'{task:<20}' + ''.join(f'{outcome:>28}' for outcome in outcomes)]
         for variant in dict.fromkeys(row['variant'] for row in found):
             cells = (
-                f'{row["mean"]:.3f} ({row["low"]:.3f}-{row["high"]:.3f})' for row in found if row['variant'] == variant)
-            lines.append(f'{variant:<20}' + ''.join(f'{cell:>26}' for cell in cells))
+                f'{row["mean"]:.3f} ({row["low"]:.3f} to {row["high"]:.3f})'
+                for row in found if row['variant'] == variant)
+            lines.append(f'{variant:<20}' + ''.join(f'{cell:>28}' for cell in cells))
     return '\n'.join([*lines, '', "In brackets: Student's 95 % interval over seeds."]).strip()
 
 
@@ -214,8 +217,9 @@ def _outcomes(run: dict[str, Any]) -> dict[str, dict[int, float]]:
 
 def _pairs(variants: list[str]) -> list[tuple[str, str]]:
     gates = [name for name in variants if '*' in name]
-    own = [(gate, gate.partition('*')[0]) for gate in gates if gate.partition('*')[0] in variants]
-    return own + [(REFERENCE, gate) for gate in gates if gate != REFERENCE and REFERENCE in gates]
+    own = [(gate, gate.partition('*')[0]) for gate in gates]
+    others = [(REFERENCE, name) for name in ('relu', *gates) if name != REFERENCE]
+    return [(a, b) for a, b in own + others if a in variants and b in variants]
 
 
 def _short(value: float) -> float:

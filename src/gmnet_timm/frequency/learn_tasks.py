@@ -23,6 +23,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -48,7 +49,8 @@ def create_task(name: str, seeds: Sequence[int]) -> 'Sinusoids | BandImages':
     """
     if name not in TASKS:
         raise UserError(f'The tasks are {", ".join(TASKS)}, got {name}.')
-    return Sinusoids(seeds) if name == 'regression' else BandImages(*name.split('-'), seeds)
+    kind, _, background = name.partition('-')
+    return BandImages(kind, background, seeds) if background else Sinusoids(seeds)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +70,7 @@ class Sinusoids:
         return [i >= len(self.frequencies) // 2 for i in range(len(self.frequencies))]
 
     @property
-    def network(self) -> dict[str, int]:
+    def network(self) -> dict[str, Any]:
         return dict(inputs=2, outputs=1, width=24, blocks=3)
 
     @functools.cached_property
@@ -128,7 +130,7 @@ class BandImages:
         return [i > EMPTY for i in range(len(self.bands))]
 
     @property
-    def network(self) -> dict[str, int | bool]:
+    def network(self) -> dict[str, Any]:
         return dict(
             inputs=PATCH ** 2, outputs=len(self.bands), width=16, blocks=2, grid=GRID, pooled=self.kind == 'texture')
 

@@ -41,6 +41,7 @@ _LINES: list[dict[str, Any]] = [
     dict(linestyle=':', marker='D', color='#777777', markerfacecolor='white'),
     dict(linestyle=(0, (5, 1)), marker='v', color='#009e73'),
     dict(linestyle=(0, (1, 1)), marker='X', color='#aa4499'),
+    dict(linestyle=(0, (4, 1, 1, 1)), marker='P', color='#e69f00', markerfacecolor='white'),
 ]
 _SIGNALS = {  # style and label of each signal of a layer
     'input': (1, 'input'), 'output': (0, 'output'), 'gate': (2, 'gate operand'), 'value': (1, 'value operand'),
@@ -335,33 +336,31 @@ def draw_sensitivity(models: Mapping[str, Sensitivity], title: str = '') -> Any:
 
 
 def draw_theory(maps: Sequence[MapPrediction]) -> Any:
-    """High/low of Gaussian maps after each function against their scale, and spectra at the scale nearest to 1.4."""
+    """High/low of Gaussian maps after each function against their scale, and its spectrum at the scale nearest 1.4."""
     figure, axes = _figure(1, 2, 4.6, 3.6)
     scales = sorted({prediction.scale for prediction in maps})
     near = min(scales, key=lambda scale: abs(math.log(scale / 1.4)))
-    size = maps[0].input.size
-    for i, name in enumerate(dict.fromkeys(prediction.function for prediction in maps)):
-        style = _LINES[i % len(_LINES)]
-        found = sorted((p for p in maps if p.function == name), key=lambda p: p.scale)
-        label = Variant(name).label
-        axes[0][0].semilogx(
-            [p.scale for p in found], [p.output.high_low_ratio for p in found], label=label, markersize=4, **style)
-        spectrum = next(p.output for p in found if p.scale == near)
-        values = (spectrum.per_mode / spectrum.power[:, 1:].sum())[1:min(size) // 2 + 1]
-        _log_line(axes[0][1], values, label=label, **{**style, 'marker': ''})
     before = maps[0].input
+    bins = slice(1, before.size[0] // 2 + 1)
+    for i, name in enumerate(dict.fromkeys(prediction.function for prediction in maps)):
+        style, label = {'markersize': 4, **_LINES[i % len(_LINES)]}, Variant(name).label
+        found = sorted((p for p in maps if p.function == name), key=lambda p: p.scale)
+        axes[0][0].semilogx([p.scale for p in found], [p.output.high_low_ratio for p in found], label=label, **style)
+        after = next(p.output for p in found if p.scale == near)
+        share, input_share = (x.power[0, bins] / x.power[0, 1:].sum() for x in (after, before))
+        axes[0][1].plot(range(1, len(share) + 1), share / input_share, markevery=(i, 7), **style)
     axes[0][0].axhline(before.high_low_ratio, color='gray', linewidth=.8)
     axes[0][0].set_ylim(bottom=0)
-    axes[0][0].set_title('energy beyond over up to half of Nyquist; grey: input', fontsize=10)
-    axes[0][0].set_xlabel('standard deviation of the map')
+    axes[0][0].set_title('energy beyond half of Nyquist over the rest', fontsize=10)
+    axes[0][0].set_xlabel('standard deviation of the map; grey: ratio of the map')
     axes[0][0].set_ylabel('high/low')
-    _log_line(axes[0][1], (before.per_mode / before.power[:, 1:].sum())[1:min(size) // 2 + 1], color='gray', marker='')
-    axes[0][1].set_title(f'spectra at standard deviation {near:g}; grey: input', fontsize=10)
+    axes[0][1].axhline(1, color='gray', linewidth=.8)
+    axes[0][1].set_title(f'spectra at standard deviation {near:g}', fontsize=10)
     axes[0][1].set_xlabel('radius (cycles/map)')
-    axes[0][1].set_ylabel('share of energy per frequency')
+    axes[0][1].set_ylabel('share of energy, after over before')
     for axis in axes[0]:
         axis.grid(alpha=.3)
-    return _with_legend(figure, f'Gaussian maps of {size[0]}×{size[1]} in theory', axes[0][0])
+    return _with_legend(figure, 'Gaussian maps of {}×{} in theory'.format(*before.size), axes[0][0])
 
 
 def draw_theory_of_gates(rows: Sequence[Mapping[str, Any]], title: str = '') -> Any:
@@ -370,13 +369,14 @@ def draw_theory_of_gates(rows: Sequence[Mapping[str, Any]], title: str = '') -> 
     axis = axes[0][0]
     lines = {'value_high_low': 'input', 'product_high_low': 'product', 'predicted_high_low': 'product in theory'}
     for i, (key, label) in enumerate(lines.items()):
-        axis.semilogy([row[key] for row in rows], label=label, markersize=5, **_LINES[i])
+        axis.plot([row[key] for row in rows], label=label, markersize=5, **_LINES[i])
     functions = [key for key in rows[0] if key.startswith('predicted_') and key not in lines]
     for key in functions:
         label = Variant(key.removeprefix('predicted_')).label
-        axis.semilogy([row[key] for row in rows], label=f'{label} in theory', marker='_', linestyle='', markersize=9)
+        axis.plot([row[key] for row in rows], label=f'{label} in theory', marker='_', linestyle='', markersize=9)
     axis.set_xticks(range(len(rows)), [f'{row["layer"]}\n{row["size"]}' for row in rows], rotation=90, fontsize=7)
     axis.set_ylabel('high/low')
+    axis.set_ylim(bottom=0)
     axis.grid(alpha=.3)
     return _with_legend(figure, title, axis)
 
@@ -392,7 +392,7 @@ def draw_learning(runs: Sequence[Mapping[str, Any]]) -> Any:
             points = [mean_interval([curve[m][i] for curve in run['values']]) for m in range(len(run['steps']))]
             mean, low, high = (torch.tensor(values) for values in zip(*points))
             colour = colormaps['viridis'](.95 * i / max(1, len(run['bands']) - 1))
-            label = f'{band} cycles'
+            label = f'{band} cycle{"" if band == "1" else "s"}'
             axis.plot(run['steps'], mean, color=colour, linewidth=1.2, label=label)
             axis.fill_between(run['steps'], low, high, color=colour, alpha=.15, linewidth=0)
         axis.set_title(f'{Variant(run["variant"]).label}, lr {run["learning_rate"]:g}', fontsize=9)
