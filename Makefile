@@ -3,33 +3,39 @@ PYTHON ?= python3
 VENV ?= .venv
 # Versions to test with, e.g. `make test CONSTRAINTS=tests/constraints-lowest.txt VENV=.venv-lowest`
 CONSTRAINTS ?=
-# What benchmarks run on needs newer dependencies than the lowest of ours.
+# What benchmarks and the page of `freq explore` run on needs newer dependencies than the lowest of ours.
 comma := ,
-TEST_EXTRAS := test$(if $(CONSTRAINTS),,$(comma)bench)
+TEST_EXTRAS := demo,freq$(if $(CONSTRAINTS),,$(comma)bench$(comma)explore)
 
 BIN := $(VENV)/bin
 # What is built on timm is tested against the installed wheel.
 ECOSYSTEM := $(VENV)-ecosystem
-PYTEST := $(BIN)/python -m pytest -n 2
+PARALLEL := -n 2 --dist worksteal
+PYTEST := $(BIN)/python -m pytest $(PARALLEL)
 # Threads that spin while they wait make everything crawl when two processes share two cores.
 export OMP_WAIT_POLICY := PASSIVE
 # Tests call the `gmnet-timm` of this environment.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test test-slow test-ecosystem bench-gpu lint format build clean
+.PHONY: demo test test-slow test-scripts test-ecosystem bench-gpu docs lint format build clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/gmnet-timm demo $(ARGS)
 
-test: $(VENV)/$(TEST_EXTRAS).installed
+test: $(VENV)/test.installed
 	$(PYTEST) -m 'not slow and not ecosystem' $(ARGS)
 
-test-slow: $(VENV)/$(TEST_EXTRAS).installed
+test-slow: $(VENV)/test.installed
 	$(PYTEST) -m 'slow and not ecosystem' $(ARGS)
+
+# With TIMM_SCRIPTS=FOLDER, a checkout of timm's repository: its wheel has no scripts.
+test-scripts: $(VENV)/scripts.installed
+	test -f "$(TIMM_SCRIPTS)/train.py"
+	$(PYTEST) tests/training/test_scripts.py $(ARGS)
 
 test-ecosystem: export PATH := $(abspath $(ECOSYSTEM)/bin):$(PATH)
 test-ecosystem: $(ECOSYSTEM)/ecosystem.installed
-	$(ECOSYSTEM)/bin/python -m pytest -n 2 -m ecosystem -o norecursedirs= $(ARGS)
+	$(ECOSYSTEM)/bin/python -m pytest $(PARALLEL) -m ecosystem -o norecursedirs= $(ARGS)
 
 # On a machine with a CUDA device, with the packages that are installed there. GmNet comes first; what the given minutes,
 # 7.5 in all, do not suffice for is reported as not run.
@@ -52,7 +58,11 @@ bench-gpu:
 	$(GPU_RUN) memory --device cuda --models $(GMNETS) --dtypes bfloat16 --batch-size 128 \
 		--minutes 0.5 --output $(GPU_RESULTS)-memory.json
 
-lint: $(VENV)/$(TEST_EXTRAS).installed $(VENV)/lint.installed
+# The site, in site/. It fails for a broken link or a page that nothing leads to.
+docs: $(VENV)/docs.installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict $(ARGS)
+
+lint: $(VENV)/test.installed $(VENV)/lint.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
@@ -65,21 +75,31 @@ build: $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet build
 	$(BIN)/python -m build
 
+# Python's own pip may be older than dependency groups.
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
 
+$(VENV)/%.installed: WHAT = --editable '.[$*]'
+$(VENV)/test.installed: WHAT = --editable '.[$(TEST_EXTRAS)]' --group test
+$(VENV)/scripts.installed: WHAT = --editable '.[$(TEST_EXTRAS)]' --group scripts
+$(VENV)/lint.installed: WHAT = --group lint
+# Docstrings are read from the sources, so that the site needs neither torch nor timm.
+$(VENV)/docs.installed: WHAT = --group docs
 # An editable installation holds a copy of the module that torch's entry point names.
 $(VENV)/%.installed: pyproject.toml src/gmnet_timm_autoload.py $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet --editable '.[$*]' $(addprefix --constraint ,$(CONSTRAINTS))
+	$(BIN)/python -m pip install --quiet $(WHAT) $(addprefix --constraint ,$(CONSTRAINTS))
 	touch $@
 
-$(ECOSYSTEM)/ecosystem.installed: pyproject.toml $(shell find src -type f -not -name '*.pyc')
-	$(PYTHON) -m venv $(ECOSYSTEM)
-	rm -rf $(ECOSYSTEM)/wheel
-	$(ECOSYSTEM)/bin/python -m pip wheel --quiet --no-deps --wheel-dir $(ECOSYSTEM)/wheel .
-	$(ECOSYSTEM)/bin/python -m pip install --quiet --no-deps --force-reinstall $(ECOSYSTEM)/wheel/*.whl
-	$(ECOSYSTEM)/bin/python -m pip install --quiet 'gmnet-timm[test,ecosystem]'
+# torch and the other gigabytes are there once: the packages of $(VENV) are seen after its own, unless it needs others.
+$(ECOSYSTEM)/ecosystem.installed: pyproject.toml $(shell find src -type f -not -name '*.pyc') $(VENV)/test.installed
+	$(BIN)/python -m venv --clear $(ECOSYSTEM)
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir $(ECOSYSTEM)/wheel .
+	$(ECOSYSTEM)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
+	$(ECOSYSTEM)/bin/python -m pip install --quiet --no-deps $(ECOSYSTEM)/wheel/*.whl
+	cd $(ECOSYSTEM)/lib/python*/site-packages && echo $(abspath $(VENV))/lib/python*/site-packages > shared.pth
+	$(ECOSYSTEM)/bin/python -m pip install --quiet 'gmnet-timm[ecosystem]' --constraint tests/constraints-ecosystem.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(ECOSYSTEM) .cache dist
+	rm -rf $(VENV) $(ECOSYSTEM) .cache dist site

@@ -1,4 +1,5 @@
 """Tables and comparisons, from result files alone."""
+import dataclasses
 import random
 import re
 import statistics
@@ -29,7 +30,7 @@ def update(document: Path) -> None:
     """Write the sections of a Markdown file anew, from the result files that they name.
 
     A section is what stands between `<!-- benchmarks: VIEW NAME ... -->` and `<!-- benchmarks: end -->`. NAME is a file
-    of benchmarks/results without its ending, VIEW is report or faster.
+    of benchmarks/results without its ending, VIEW is report, faster or brief. After brief come one NAME and models.
 
     Raises:
         UserError: The document has no section, a view or a file does not exist, or a file is of a smoke run.
@@ -47,9 +48,11 @@ def rendered(text: str) -> str:
 
 
 def section(view: str, names: Sequence[str]) -> str:
+    if view == 'brief':
+        return brief(published(RESULTS / f'{names[0]}.json'), names[1:])
     views: dict[str, Callable[[Sequence[Results]], str]] = {'report': report, 'faster': faster}
     if view not in views:
-        raise UserError(f'A section cannot show {view}: choose {", ".join(views)}.')
+        raise UserError(f'A section cannot show {view}: choose {", ".join(views)}, brief.')
     return views[view]([published(RESULTS / f'{name}.json') for name in names])
 
 
@@ -64,14 +67,14 @@ def published(path: Path) -> Results:
     return results
 
 
-def table(results: Results) -> str:
+def table(results: Results, against_roofline: bool = True) -> str:
     """One row per model, one column per way to run it, in the faster of the memory formats that were tried."""
     if results.settings.mode == 'memory':
         return memory_table(results)
     columns = {column(row.case, results): None for row in results.rows if row.samples_ms}
     inference = results.settings.mode != 'training'
     header = ['model', 'top-1 %', 'params', *(['MACs'] if inference else []), *columns,
-              *(['roofline'] if inference else [])]
+              *(['roofline'] if inference and against_roofline else [])]
     lines = []
     for name in {row.case.model: None for row in results.rows}:
         rows = [row for row in results.rows if row.case.model == name]
@@ -79,10 +82,24 @@ def table(results: Results) -> str:
         if inference:
             cells.append(next((f'{row.work.macs / 1e9:.2f} G' for row in rows if row.work), ''))
         cells += [value([row for row in rows if column(row.case, results) == c], results) for c in columns]
-        if inference:
+        if inference and against_roofline:
             cells.append(roofline(rows, results))
         lines.append(cells)
     return markdown(header, lines)
+
+
+def brief(results: Results, models: Sequence[str]) -> str:
+    """A few rows of the table, with a line of conditions, for a document that links the whole report.
+
+    Raises:
+        UserError: A model was not measured.
+    """
+    missing = set(models) - {row.case.model for row in results.rows}
+    if missing:
+        raise UserError(f'Not measured in this run: {", ".join(sorted(missing))}.')
+    rows = [row for row in results.rows if row.case.model in models]
+    what, where, *_ = conditions(results).splitlines()
+    return f'{table(dataclasses.replace(results, rows=rows), against_roofline=False)}\n\n{what}\n{where}'
 
 
 def markdown(header: list[str], lines: list[list[str]]) -> str:

@@ -4,6 +4,8 @@ The picture is the photograph `coins` of scikit-image's wheel. Nobody has drawn 
 watershed finds, 24 boxes that are right when looked at. From random weights it trains on three rows of coins and is
 tested on the six of the last: enough to see that it works, not to compare detectors.
 """
+import argparse
+
 import numpy as np
 import timm
 import torch
@@ -39,6 +41,7 @@ def random_crop(pixels, boxes):
     return pixels[:, row:row + HEIGHT, column:column + WIDTH], {'boxes': boxes, 'labels': torch.ones(len(boxes)).long()}
 
 
+argparse.ArgumentParser(description=__doc__).parse_args()  # for --help
 torch.manual_seed(0)
 pixels, boxes = torch.from_numpy(data.coins()).expand(3, -1, -1) / 255, find_boxes(data.coins())
 pool = MultiScaleRoIAlign(['0', '1', '2'], output_size=7, sampling_ratio=2)
@@ -56,4 +59,4 @@ for step in range(STEPS):
         print(f'step {step + 1}  loss {loss.item():.3f}')
 result, coins = model.eval()([pixels[:, SPLIT:]])[0], boxes[boxes[:, 1] > SPLIT] - torch.tensor([0, SPLIT, 0, SPLIT])
 overlap = box_iou(result['boxes'][result['scores'] > .5], coins) > .5
-print(f'{overlap.any(0).sum()} of {len(coins)} unseen coins found, {(~overlap.any(1)).sum()} boxes without a coin')
+print(f'{overlap.any(0).sum()} of {len(coins)} unseen coins found, boxes without a coin: {(~overlap.any(1)).sum()}')

@@ -4,6 +4,8 @@ The picture is the photograph `immunohistochemistry` of scikit-image's wheel. No
 are where a classical method (stain separation, blur, Otsu's threshold) finds the brown stain. So what is measured is
 how well the network does what that method does, on rows that it has not seen. It starts from random weights.
 """
+import argparse
+
 import segmentation_models_pytorch as smp
 import torch
 from skimage import color, data, filters
@@ -35,6 +37,7 @@ def mean_iou(prediction, mask):
     return sum(hits).item() / 2
 
 
+argparse.ArgumentParser(description=__doc__).parse_args()  # for --help
 torch.manual_seed(0)
 pixels, mask = load()
 model = smp.Unet('tu-gmnet_s1', encoder_weights=None, classes=2)  # True for weights that are on the Hub

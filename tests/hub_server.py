@@ -302,7 +302,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def _large(path: str) -> bool:
-    return path.endswith(('.safetensors', '.bin'))
+    return path.endswith(('.safetensors', '.bin', '.onnx'))
 
 
 def _lfs(data: bytes):

@@ -102,7 +102,7 @@ def find_python(minor):
 
 @pytest.fixture(params=[
     pytest.param(minor, id=f'python3.{minor}', marks=() if minor == sys.version_info[1] else pytest.mark.slow)
-    for minor in range(10, 14)
+    for minor in sorted({10, 13, sys.version_info[1]})  # CI runs the others
 ])
 def python(request):
     return find_python(request.param)
@@ -224,7 +224,8 @@ def test_imports_in_two_threads(slow_folder):
 
 @pytest.mark.slow
 def test_all_imports_in_two_threads(slow_folder, python):
-    run_stand_in_pairs(slow_folder, itertools.product([*WHOLE, *PARTS], [*WHOLE, *PARTS], DELAYS), python=python)
+    delays = DELAYS if python == sys.executable else DELAYS[1:2]
+    run_stand_in_pairs(slow_folder, itertools.product([*WHOLE, *PARTS], [*WHOLE, *PARTS], delays), python=python)
 
 
 @pytest.mark.slow
@@ -239,7 +240,7 @@ def test_all_imports_in_two_threads_without_the_entry_point(slow_folder):
     (WHOLE[0], 'from timm.data import create_transform', 0.1),
     (WHOLE[0], WHOLE[1], 0.1),
     *(pytest.param(*pair, delay, marks=pytest.mark.slow) for pair, delay in zip(
-        itertools.product(WHOLE[:3], [*WHOLE[3:5], *PARTS, *WHOLE[:2]]), itertools.cycle([0, 0.1, 0.5, 1.2, 2]))),
+        zip(itertools.cycle(WHOLE[:3]), [*WHOLE[3:5], *PARTS, *WHOLE[:2]]), itertools.cycle([0, 0.1, 0.5, 1.2, 2]))),
 ])
 def test_real_imports_in_two_threads(first, second, delay):
     run_pair(SRC, first, second, delay, may_fail=is_part(second), options=())

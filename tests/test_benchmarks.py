@@ -262,8 +262,13 @@ def test_documents(tmp_path, monkeypatch):
     text = readme.read_text()
     assert text.startswith('before\n<!-- benchmarks: report full -->\n| model') and 'old' not in text
     assert text.endswith('\n<!-- benchmarks: end -->\nafter\n') and text == rendered(text)
+    write('brief full gmnet_s1')
+    update(readme)
+    lines = readme.read_text().splitlines()
+    assert '`gmnet_s1`' in lines[4] and 'roofline' not in readme.read_text() and lines[6].startswith('Milliseconds')
     for view, message in [('report smoke', 'is of a smoke run'), ('report gone', 'is not a result file'),
-                          ('picture full', 'A section cannot show picture: choose report, faster.')]:
+                          ('picture full', 'A section cannot show picture: choose report, faster, brief.'),
+                          ('brief full gmnet_s9', 'Not measured in this run: gmnet_s9')]:
         write(view)
         with pytest.raises(UserError, match=message):
             update(readme)
@@ -361,7 +366,7 @@ def test_committed_results(path):
 @pytest.mark.parametrize('document', ['README.md', 'docs/benchmarks.md'])
 def test_published_tables_are_those_of_the_results(document):
     text = (ROOT / document).read_text(encoding='utf-8')
-    assert text == rendered(text) and '<!-- benchmarks: report ' in text
+    assert text == rendered(text) and '<!-- benchmarks: end -->' in text
 
 
 @pytest.mark.slow

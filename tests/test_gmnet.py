@@ -458,8 +458,6 @@ def test_fx():
 def test_compile_without_graph_breaks(train):
     model = create().train(train)
     x = torch.randn(2, 3, 64, 64)
-    explanation = torch._dynamo.explain(copy.deepcopy(model))(x)
-    assert explanation.graph_break_count == 0 and explanation.graph_count == 1
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend='aot_eager')
     torch.testing.assert_close(compiled(x), model(x))
 

@@ -1,4 +1,5 @@
 """What pip installs: the wheel, its metadata and its dependencies."""
+import ast
 import importlib.metadata
 import re
 import subprocess
@@ -9,10 +10,14 @@ from pathlib import Path
 
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import gmnet_timm
 
 ROOT = Path(__file__).parent.parent
+ADDRESS = 'https://github.com/gmnet-timm/gmnet-timm'
+RAW = ADDRESS.replace('github.com', 'raw.githubusercontent.com')
 
 
 def test_five_base_dependencies_with_the_floors_that_are_tested():
@@ -23,6 +28,49 @@ def test_five_base_dependencies_with_the_floors_that_are_tested():
     tested = dict(line.split('==') for line in lowest.splitlines() if '==' in line)
     for name, floor in floors.items():
         assert tested[name] == floor or tested[name] == f'{floor}.0', name
+
+
+# What a folder imports beyond the base dependencies, by the extra that declares it; and what base dependencies declare.
+EXTRAS = {
+    'src/gmnet_timm': None, 'src/gmnet_timm/demo': 'demo', 'src/gmnet_timm/frequency': 'freq',
+    'src/gmnet_timm/frequency/explore': 'explore', 'src/gmnet_timm/publishing': 'onnx',
+    'src/gmnet_timm/training': 'plot', 'benchmarks': 'bench',
+}
+PROMISED = {'numpy': 'torchvision', 'pillow': 'torchvision', 'pyyaml': 'timm', 'tqdm': 'huggingface_hub'}
+
+
+def _required(package, extra=None):
+    """Names of the distributions that a package requires, those of one extra and of the extras it names included."""
+    names = set()
+    for line in importlib.metadata.requires(package):
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate({'extra': extra or ''}):
+            name = canonicalize_name(requirement.name)
+            names |= {name}.union(*(_required(package, inner) for inner in requirement.extras if name == 'gmnet-timm'))
+    return names
+
+
+def test_what_base_dependencies_bring_is_promised_by_them():
+    for name, package in PROMISED.items():
+        assert name in _required(package), name
+
+
+@pytest.mark.parametrize('folder', EXTRAS)
+def test_what_is_imported_is_declared(folder):
+    declared = _required('gmnet-timm', EXTRAS[folder]) | {*PROMISED}
+    providers = importlib.metadata.packages_distributions()
+    ours = {'gmnet_timm', 'gmnet_timm_autoload', 'benchmarks'}
+    inner = [ROOT / other for other in EXTRAS if other.startswith(f'{folder}/')]
+    files = [path for path in (ROOT / folder).rglob('*.py') if not {*path.parents} & {*inner}]
+    assert files
+    for path in files:
+        for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                modules = [node.module]
+            for module in {name.split('.')[0] for name in modules} - {*sys.stdlib_module_names} - ours:
+                names = {canonicalize_name(name) for name in providers.get(module, [module])}
+                assert names & declared, f'{path}: {module}'
 
 
 def test_version_is_the_same_everywhere():
@@ -85,6 +133,29 @@ def test_wheel_works_like_the_checkout(wheel, tmp_path):
     assert 'RuntimeError: Failed to load the backend extension: gmnet_timm.' in failed.stderr
     subprocess.run([python, '-m', 'pip', 'uninstall', '--quiet', '--yes', 'gmnet-timm'], check=True)
     subprocess.run(import_torch, check=True)
+
+
+@pytest.mark.slow
+def test_a_package_index_shows_absolute_links(wheel):
+    """It has no files beside the README, so every link and picture of the README is that of the version's tag."""
+    with zipfile.ZipFile(wheel) as archive:
+        name, = (name for name in archive.namelist() if name.endswith('.dist-info/METADATA'))
+        metadata = archive.read(name).decode()
+    links = re.findall(r'(!?)\[[^\]]*\]\(([^)]+)\)', metadata)
+    assert len(links) == len(re.findall(r'\]\(', (ROOT / 'README.md').read_text())) > 10
+    ours = [(picture, link) for picture, link in links if link.startswith((f'{ADDRESS}/', RAW))]
+    assert all(link.startswith('https://') for _, link in links) and len(ours) > 5 and '<img' not in metadata
+    for picture, link in ours:
+        prefix = f'{RAW if picture else ADDRESS + "/blob"}/v{gmnet_timm.__version__}/'
+        assert link.startswith(prefix) and (ROOT / link.removeprefix(prefix).split('#')[0]).is_file(), link
+    assert f'Project-URL: Homepage, {ADDRESS}\n' in metadata
+
+
+def test_one_address_everywhere():
+    for name in ('pyproject.toml', 'mkdocs.yml', 'CITATION.cff'):
+        text = (ROOT / name).read_text()
+        addresses = set(re.findall(r'github(?:usercontent)?\.com/((?!YFWang1999)[\w-]+/[\w-]+)', text))
+        assert addresses == {ADDRESS.removeprefix('https://github.com/')}, name
 
 
 def test_one_citation_everywhere():

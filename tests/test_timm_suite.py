@@ -69,8 +69,9 @@ def _run_pytest(*args, cwd, env=None):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_timm_suite(suite):
-    names = our_models()
-    assert {'gmnet_s1', 'gmnet_s2', 'gmnet_s3', 'gmnet_s4'} <= set(names)
+    """The smallest GmNet and the gated variants. The other sizes are tested below, in timm itself."""
+    names = [name for name in our_models() if name not in SIZES[1:]]
+    assert len(names) >= 7 and 'gmnet_s1' in names
     # eight tests select every model of timm
     assert _run_pytest('-p', 'gmnet_timm', 'test_models.py', '-k', ' or '.join(names), cwd=suite) >= 8 * len(names)
 

@@ -1,8 +1,8 @@
 """timm's registry as the model files of this package see it.
 
 Model files import from here what a file inside timm imports from `timm.models._registry`, so that they could move there
-unchanged. What a plugin needs beyond it is added here: names that timm itself ships stay timm's, an organisation on the
-Hub can be set as the source of weights, and asking for weights that do not exist is answered with ways to get some.
+unchanged. It adds what a plugin needs: names that timm itself ships stay timm's, an organisation on the Hub can be the
+source of weights, and where there are no weights, the error says how to get some.
 """
 import functools
 import os
@@ -71,8 +71,8 @@ def _hub_message(name: str, tag: Any, error: Exception) -> str:
     cfg = get_pretrained_cfg(f'{name}.{tag}' if isinstance(tag, str) and tag else name, allow_unregistered=True)
     where = f' from {cfg.hf_hub_id}' if cfg is not None and cfg.hf_hub_id else ''
     return (
-        f'The weights of {name} could not be loaded{where}: there is no such repository, it is not open to this token, '
-        f'or the network is missing and the cache does not have them. {" ".join(str(error).split())}'
+        f'The weights of {name} could not be loaded{where}: there is no such repository, this token may not read it, '
+        f'or there is no network and the cache does not have them. {" ".join(str(error).split())}'
     )
 
 
@@ -83,5 +83,6 @@ def _no_weights_message(name: str) -> str:
         f"pretrained_cfg_overlay=dict(file='checkpoint.pth'))\n"
         f"  a repository on the Hub:      timm.create_model('hf-hub:owner/name', pretrained=True)\n"
         f'  an organisation on the Hub:   export {HUB_ORG_VARIABLE}=owner, for owner/{name}.in1k\n'
+        f'The authors of GmNet link checkpoints from https://github.com/YFWang1999/GmNet.\n'
         f'Use pretrained=False for random weights.'
     )

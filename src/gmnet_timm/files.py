@@ -82,7 +82,7 @@ def write_text(path: str | Path, text: str, force: bool = True) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path, hint: str = '') -> Iterator[None]:
-    """Turn what goes wrong while writing into an error that says where. torch reports a full disk as RuntimeError.
+    """Turn failures while writing into an error that names the file. torch reports a full disk as RuntimeError.
 
     Args:
         path: What is written.

@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from gmnet_timm.source import Source
 
 __all__ = [
-    'BIBTEX', 'PAPER', 'ModelInfo', 'PaperResult', 'count_macs', 'format_model', 'format_source', 'format_table',
-    'model_info',
+    'BIBTEX', 'PAPER', 'ModelInfo', 'PaperResult', 'count_activations', 'count_macs', 'format_model', 'format_source',
+    'format_table', 'model_info',
 ]
 
 
@@ -68,6 +68,23 @@ def count_macs(model: torch.nn.Module, input_size: tuple[int, int, int]) -> int:
         model.eval()(image)
     model.train(training)
     return counter.get_total_flops() // 2  # torch counts a multiply-add as two
+
+
+def count_activations(model: torch.nn.Module, input_size: tuple[int, int, int]) -> int:
+    """Outputs of the convolutions and linear layers for one image, which timm calls activations.
+
+    Args:
+        model: A model on the meta device.
+        input_size: Channels, height and width of the image.
+    """
+    counts: list[int] = []
+    hooks = [
+        module.register_forward_hook(lambda module, args, output: counts.append(output.numel()))
+        for module in model.modules() if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear))]
+    model.eval()(torch.zeros(1, *input_size, device='meta'))
+    for hook in hooks:
+        hook.remove()
+    return sum(counts)
 
 
 def model_info(name: str) -> ModelInfo:

@@ -1,7 +1,7 @@
 """Where a model comes from: a run folder, a checkpoint, a folder with config.json, a repository, or timm's own weights.
 
-Every command reads models here. What several places state of the same model (a checkpoint's own `args`, the args.yaml
-or config.json beside it, the metadata of a safetensors file) has to agree; what none of them states is assumed, and the
+Every command reads models here. What several places state about one model (a checkpoint's own `args`, the args.yaml or
+config.json beside it, the metadata of a safetensors file) must agree. What none of them states is assumed, and the
 description says so.
 """
 import contextlib
@@ -39,7 +39,7 @@ _RUN_CHECKPOINTS = ('model_best.pth.tar', 'last.pth.tar')
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Weights, and everything that is stated of the model that they belong to.
+    """Weights, and everything that is stated about their model.
 
     Attributes:
         folder: Folder that was named, None where a file was.
@@ -146,7 +146,7 @@ def read_source(
         notes.append(_assumption(description))
     known = {**(config.pretrained_cfg if config else {}), **run_args}
     if not any(known.get(key) for key in RUN_KEYS) and not any((preprocessing or {}).values()):
-        notes.append('The preprocessing is that of the published models, it was not recorded with these weights.')
+        notes.append('The preprocessing was not recorded with these weights. That of the published models is taken.')
     num_classes = int(description.full_args.get('num_classes') or 0)
     names = config.label_names if config is not None else None
     if class_names is not None:
@@ -250,7 +250,7 @@ def _from_files(source: Source) -> LoadedModel:
 
 
 def _input_args(name: str, preprocessing: dict[str, Any] | None) -> dict[str, Any]:
-    """What a model for images of one size only, such as a ViT, has to be told of another size."""
+    """Arguments for another image size, for a model that takes images of one size only, such as a ViT."""
     size = (preprocessing or {}).get('img_size')
     cfg = timm.get_pretrained_cfg(name) if is_model_name(name) else None
     return {'img_size': size} if size and cfg is not None and cfg.fixed_input_size else {}
@@ -279,7 +279,7 @@ def _find_weights(path: Path, checkpoint: str | None) -> Path:
 
 
 def _has_config(weights: Path, folder: Path | None) -> bool:
-    """Whether a config.json beside the weights is about them: it always is in a folder that was named."""
+    """Whether a config.json beside the weights describes them. In a folder that the user named it always does."""
     return (folder is not None or weights.name == WEIGHTS_NAME) and (weights.parent / CONFIG_NAME).is_file()
 
 
@@ -296,7 +296,7 @@ def _statements(
         config: Config | None,
         run_args: dict[str, Any],
 ) -> dict[str, ModelDescription]:
-    """What describes the model, by where it stands."""
+    """The descriptions of the model, by where they are written."""
     found = {}
     if run_args.get('model'):
         where = f'args of {weights.path}' if weights.args else str(weights.path.parent / ARGS_NAME)
@@ -328,7 +328,7 @@ def _agreed(statements: dict[str, ModelDescription]) -> ModelDescription:
 
 
 def _assumed(weights: Checkpoint, name: str | None) -> ModelDescription:
-    """What the tensors alone let one think of."""
+    """The model that the tensors alone suggest."""
     try:
         return describe_tensors(weights.state_dict, name)
     except CheckpointError as e:

@@ -45,7 +45,7 @@ def test_one_value_that_is_not_finite(dtype, value, position):
 def test_other_values_that_weights_do_not_have():
     for key, value, word in (
             ('x.running_var', torch.tensor([1., -1e-3]), 'Negative variances in x.running_var'),
-            ('x', torch.zeros(1).expand(1 << 20, 1 << 20), 'claim 4,398,046,511,104 bytes, the file has 10,000'),
+            ('x', torch.zeros(1).expand(1 << 20, 1 << 20), 'claim 4,398,046,511,104 bytes, but the file has 10,000'),
             ('x', torch.zeros(1, dtype=torch.int64), r'Not dtypes of weights: x torch\.int64'),
             ('num_batches_tracked', torch.zeros(1), r'torch\.float32'),
             *(('x', torch.zeros(2, dtype=dtype), 'Not dtypes of weights')

@@ -211,7 +211,7 @@ for path in sys.argv[1:]:
 
 @pytest.mark.slow
 def test_memory(tmp_path):
-    """At most twice the file, checks included. The 256 MB beside it are for files that are mostly pickle."""
+    """At most twice the file, checks included. The 256 MB besides are for files that are mostly pickle."""
     contents = {
         'one': {'a': torch.rand(25_000_000)},
         'many': {str(i): torch.rand(250_000) for i in range(100)},

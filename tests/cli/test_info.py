@@ -63,14 +63,19 @@ def test_module_and_script_are_the_same_command():
     assert output('gmnet-timm', '--version') == f'gmnet-timm {__version__}\n'
 
 
-@pytest.mark.parametrize('argv', [[], ['no-such-command'], ['info', 'a', 'b']])
-def test_wrong_arguments(argv):
+@pytest.mark.parametrize('argv, usage', [
+    ([], 'gmnet-timm '), (['no-such-command'], 'gmnet-timm '), (['--strange', 'info'], 'gmnet-timm '),
+    (['info', 'a', 'b'], 'gmnet-timm info '), (['info', '--strange'], 'gmnet-timm info '),
+    (['recipe', '--gpus', 'x'], 'gmnet-timm recipe '), (['freq', 'eval', 'a', '--strange'], 'gmnet-timm freq eval '),
+])
+def test_wrong_arguments_show_the_usage_of_their_command(argv, usage, capsys):
     with pytest.raises(SystemExit) as e:
         cli.main(argv)
     assert e.value.code == 2
+    assert capsys.readouterr().err.startswith(f'usage: {usage}')
 
 
-@pytest.mark.parametrize('argv', [['--version'], ['--help'], ['freq', '--help'], ['push', '--help']])
+@pytest.mark.parametrize('argv', [['--version'], ['freq', '--help'], ['completion', 'bash']])
 def test_help_needs_neither_torch_nor_timm(argv):
     """They take seconds to import. Python's own list of what was imported, not a clock."""
     command = [sys.executable, '-X', 'importtime', '-m', 'gmnet_timm', *argv]

@@ -109,7 +109,7 @@ def test_progress_is_said_in_plain_lines_when_piped(capsys, monkeypatch):
 def test_the_parser_imports_no_capability():
     # importing gmnet_timm registers its models, and so imports torch; capabilities come with the command that needs it
     code = (
-        'import sys; from gmnet_timm.cli.main import _parser; _parser(); '
+        'import sys; from gmnet_timm.cli.main import build_parser; build_parser(); '
         'print([name for name in sys.modules if name.startswith(("gmnet_timm.frequency", "scipy", "matplotlib"))])')
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout == '[]\n'
 
@@ -172,7 +172,7 @@ def test_plotting_functions_take_and_return_an_axes():
     heat = [HeatmapPoint(v, u, .1, 3, 10) for v in (0, 1) for u in (0, 1)]
     calls = [
         (plots.plot_accuracy, {'m': [(1, 2, 1, 3)]}), (plots.plot_spectrum, layer), (plots.plot_gain, layer),
-        (plots.plot_log_amplitude, {'m': [LogAmplitude('x', 0, (4, 4), torch.zeros(3), 1)]}),
+        (plots.plot_log_amplitude, {'m': [LogAmplitude('x', 0, (4, 4), torch.rand(2, 3))]}),
         (plots.plot_heatmap, heat), (plots.plot_radial_error, {'m': heat}),
         (plots.plot_sensitivity, {'m': Sensitivity((16, 16), layer.after.power)})]
     for plot, data in calls:

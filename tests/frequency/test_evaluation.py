@@ -3,6 +3,8 @@ import csv
 import json
 import math
 import shutil
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -95,12 +97,36 @@ def test_16_bit_images_are_scaled_by_the_range_of_their_type(tmp_path):
     assert loader.skipped == 0 and (images[0] - expected).abs().max() < .6 / 255
 
 
-def test_images_of_a_type_without_a_range_are_refused(tmp_path):
+def _write_png_of_16_bits(path, pixels):
+    """RGB of 16 bits per channel, which PIL cannot write."""
+    def chunk(kind, data):
+        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+
+    height, width, _ = pixels.shape
+    rows = b''.join(b'\0' + row.astype('>u2').tobytes() for row in pixels)
+    path.write_bytes(
+        b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 16, 2, 0, 0, 0))
+        + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b''))
+
+
+def test_rgb_of_16_bits_keeps_its_high_bytes(tmp_path):
+    """PIL reads these as 8 bits without a word: right to one of 255 levels, and on average."""
+    (tmp_path / 'a').mkdir()
+    pixels = np.random.default_rng(0).integers(0, 65536, (32, 32, 3), dtype=np.uint16)
+    _write_png_of_16_bits(tmp_path / 'a' / '0.png', pixels)
+    images, loader = _one_image(tmp_path)
+    difference = images[0].double() - torch.from_numpy(pixels / 65535).permute(2, 0, 1)
+    assert loader.skipped == 0 and difference.abs().max() < 1.01 / 255 and abs(difference.mean()) < .05 / 255
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_images_of_a_type_without_a_range_are_refused(tmp_path, workers):
     (tmp_path / 'a').mkdir()
     Image.fromarray(np.random.default_rng(0).random((32, 32), dtype=np.float32)).save(tmp_path / '0.tiff')
     (tmp_path / '0.tiff').rename(tmp_path / 'a' / '0.png')  # PIL looks at the content
-    with pytest.raises(UserError, match='32-bit float'):
-        _one_image(tmp_path)
+    with pytest.raises(UserError, match='has 32-bit float pixels') as caught:
+        list(create_band_loader(str(tmp_path), CONFIG, split='.', workers=workers))
+    assert '\n' not in str(caught.value)
 
 
 def test_files_that_timm_ignores_are_counted(data, weights, tmp_path, capsys):

@@ -1,3 +1,4 @@
+"""Which gates a model has, found by what it computes: one way for every use, however the product is written."""
 import copy
 import importlib
 import sys
@@ -14,6 +15,7 @@ from torch import nn
 import gmnet_timm.gmnet
 from gmnet_timm.errors import UserError
 from gmnet_timm.frequency import find_gates, find_products
+from gmnet_timm.frequency.tracing import Recorder, trace
 
 COUNTS = {  # gates, and products with a broadcast factor
     'gmnet_s1': (16, 0),
@@ -49,17 +51,20 @@ class Twice(nn.Module):
         return x * x
 
 
-def _found(product):
-    return find_products(Net(product), torch.zeros(1, 3, 8, 8))
+def _kinds(product):
+    """Kinds of what a network with this product multiplies, by name; the pass that looks for layouts finds the same."""
+    net, x = Net(product), torch.randn(1, 3, 8, 8)
+    kinds = {name: found.kind for name, found in find_products(net, x).items()}
+    assert {name: found.kind for name, found in trace(net.eval(), x).products.items()} == kinds
+    return kinds
 
 
 @pytest.mark.parametrize('name', COUNTS)
 def test_counts_of_known_models(name):
     products = find_products(timm.create_model(name, device='meta'))
-    gates = [product for product in products.values() if product.is_gate]
+    gates = [name for name, product in products.items() if product.is_gate]
     assert (len(gates), len(products) - len(gates)) == COUNTS[name]
-    assert find_gates(timm.create_model(name, device='meta')).keys() == {
-        name for name, product in products.items() if product.is_gate}
+    assert list(find_gates(timm.create_model(name, device='meta'))) == gates
 
 
 def test_names_are_those_of_the_modules_that_multiply():
@@ -71,31 +76,56 @@ def test_names_are_those_of_the_modules_that_multiply():
     assert 'blocks.0.0.se' in find_products(timm.create_model('mobilenetv3_small_100', device='meta'))
 
 
+def _into_part(x):
+    y = torch.zeros_like(x)
+    y[:, 2:] += x[:, 2:]
+    return y
+
+
 @pytest.mark.parametrize('product', [
     lambda net, x: x * x,
+    lambda net, x: x ** 2,
+    lambda net, x: torch.square(x),
+    lambda net, x: x.clone().square_(),
     lambda net, x: F.relu6(x) * x,
+    lambda net, x: F.relu(x.clone(), inplace=True) * x,
+    lambda net, x: torch.mul(x, x.sigmoid()),
+    lambda net, x: torch.mul(x, x.sigmoid(), out=torch.empty_like(x)),
+    lambda net, x: torch.multiply(x, x.sigmoid()),
     lambda net, x: x.mul(other=x.sigmoid()),
     lambda net, x: x.clone().mul_(x),
+    lambda net, x: x.mul_(x.sigmoid()),
+    lambda net, x: torch.einsum('bchw,bchw->bchw', x, x.tanh()),
+    lambda net, x: torch.einsum('bchw,bchw->bhwc', x, x.tanh()).permute(0, 3, 1, 2),
+    lambda net, x: torch.addcmul(x, x, x.sigmoid()),
+    lambda net, x: torch.lerp(x, x.exp(), x.sigmoid()),
+    lambda net, x: F.glu(torch.cat([x, x], 1), 1),
     lambda net, x: torch.cat(x.chunk(2, 1)[::-1], 1) * x,
     lambda net, x: (net.weight * x) * (x + 1),
     lambda net, x: x.transpose(2, 3).reshape(x.shape) * x,
-])
+    lambda net, x: (x.double() * x.double().cos()).float(),
+    lambda net, x: x * _into_part(x),
+    lambda net, x: x * F.interpolate(F.avg_pool2d(x, 4), scale_factor=4),  # varies over the map
+    lambda net, x: (x * x).mean((2, 3), keepdim=True),  # features, not a statistic
+], ids=lambda product: None)
 def test_gates(product):
-    (name, found), = _found(product).items()
-    assert name == '' and found.is_gate and found.shape == (1, 4, 8, 8)
-    assert (found.before.name, found.before.is_output) == ('conv', True)
-    assert (found.after.name, found.after.is_output) == ('last', False)
+    assert _kinds(product) == {'': 'gate'}
 
 
 @pytest.mark.parametrize('product', [
     lambda net, x: x * x.mean((2, 3), keepdim=True).sigmoid(),
     lambda net, x: x * x.mean((2, 3), keepdim=True).expand_as(x),
+    lambda net, x: x * x.mean((2, 3), keepdim=True).expand_as(x).clone(),
+    lambda net, x: x * x.mean((2, 3), keepdim=True).expand_as(x).sigmoid(),
+    lambda net, x: x * x.mean((2, 3), keepdim=True).repeat(1, 1, *x.shape[2:]),
+    lambda net, x: x * F.interpolate(x.mean((2, 3), keepdim=True), x.shape[2:]),
+    lambda net, x: torch.einsum('bchw,bc->bchw', x, x.mean((2, 3))),
     lambda net, x: x * x.mean(1, keepdim=True),
+    lambda net, x: x * x.mean(),
     lambda net, x: x.mul_(x.amax((2, 3), keepdim=True)),
 ])
-def test_broadcast_factors_are_no_gates(product):
-    (found,) = _found(product).values()
-    assert not found.is_gate and found.shape == (1, 4, 8, 8)
+def test_broadcast_factors_are_told_apart(product):
+    assert _kinds(product) == {'': 'attention'}
 
 
 @pytest.mark.parametrize('product', [
@@ -103,13 +133,61 @@ def test_broadcast_factors_are_no_gates(product):
     lambda net, x: 2 * x,
     lambda net, x: x * torch.tensor(2.),
     lambda net, x: x * net.weight,
+    lambda net, x: torch.mul(net.weight, x).mul_(.5),
     lambda net, x: x * torch.ones_like(x) * x.new_ones(x.shape) * torch.rand_like(x),
+    lambda net, x: x * x.clone().fill_(2.) * x.clone().normal_() * torch.empty_like(x).bernoulli_(),
+    lambda net, x: x * x.clone().copy_(net.weight),
     lambda net, x: x * torch.arange(x.shape[3]),
     lambda net, x: x + F.gelu(x) - F.silu(x),
+    lambda net, x: x + (x > 0) * (x < 1),
     lambda net, x: (net.weight * net.weight) + x,
+    lambda net, x: x / ((x - x.mean(1, keepdim=True)) ** 2).mean(1, keepdim=True).add(1e-5).sqrt(),
 ])
 def test_what_is_not_a_product_of_features(product):
-    assert _found(product) == {}
+    assert _kinds(product) == {}
+
+
+@pytest.mark.parametrize('product, kinds', [
+    (lambda net, x: x * (x ** 2).mean(1, keepdim=True).add(1e-6).rsqrt(), ['attention']),  # RMSNorm
+    (lambda net, x: (x * x) * (x * x).sum(1, keepdim=True).pow(-.5), ['gate', 'attention']),
+    (lambda net, x: (lambda y: y * y.mean((2, 3), keepdim=True).sqrt())(x * x), ['gate', 'attention']),
+])
+def test_squares_for_a_statistic(product, kinds):
+    assert list(_kinds(product).values()) == kinds
+
+
+def test_operands_and_activation():
+    """Also where an operand is overwritten."""
+    found = []
+    for product in (lambda net, x: x.mul_(x.sigmoid()), lambda net, x: x * x.sigmoid(), lambda net, x: x.sigmoid() * x):
+        net, x = Net(product), torch.randn(2, 3, 8, 8)
+        recorder = Recorder(net, found.append)
+        with torch.no_grad(), recorder.hooked(lambda *_: None), recorder.watch(x):
+            net(x)
+            h = net.conv(x)
+        gate = found.pop()
+        torch.testing.assert_close((gate.gate, gate.value, gate.product), (h.sigmoid(), h, h.sigmoid() * h))
+        assert gate.pre_gate is gate.value
+        torch.testing.assert_close(gate.function(h), h.sigmoid())
+
+
+def test_an_activation_whose_input_was_overwritten():
+    found = []
+    net, x = Net(lambda net, x: (lambda gate: gate * x.add_(1))(x.sigmoid())), torch.randn(2, 3, 8, 8)
+    recorder = Recorder(net, found.append)
+    with torch.no_grad(), recorder.hooked(lambda *_: None), recorder.watch(x):
+        net(x)
+    assert found[0].pre_gate is None
+
+
+def test_activations_on_request():
+    net = Net(lambda net, x: F.gelu(x) + F.relu(x) + F.relu(x.clone(), inplace=True))
+    products = trace(net, torch.randn(1, 3, 8, 8), activations=True).products
+    assert {name: found.kind for name, found in products.items()} == {
+        '': 'activation', '#2': 'activation', '#3': 'activation'}
+    assert all(found.layouts[0].name == 'NCHW' for found in products.values())
+    resnet = timm.create_model('test_resnet').eval()  # its activations work in place
+    assert len(trace(resnet, torch.randn(1, 3, 64, 64), activations=True).products) > 5
 
 
 def test_drop_path_is_not_a_gate():
@@ -122,17 +200,6 @@ def test_several_products_of_one_module():
     assert list(find_gates(net, torch.zeros(1, 3, 4, 4))) == ['0', '0#2']
     shared = Twice()
     assert list(find_gates(nn.Sequential(shared, shared), torch.zeros(1, 3, 4, 4))) == ['0', '0#2', '0#3', '0#4']
-
-
-def test_product_that_no_module_takes_or_returns():
-    for product in (lambda net, x: x * x + x, lambda net, x: (x * x).add_(1)):
-        (found,) = _found(product).values()
-        assert found.is_gate and found.after is None
-
-
-def test_a_gate_of_the_input_itself():
-    found, _ = find_gates(Twice(), torch.zeros(1, 3, 4, 4)).values()
-    assert (found.before.name, found.before.is_output) == ('', False)
 
 
 # --- by what they compute, wherever the code comes from --------------------------------------------------------------

@@ -27,7 +27,9 @@ def test_log_amplitude_equals_numpys_shifted_fft():
     maps = torch.randn(3, 4, 16, 16, dtype=torch.float64) + 2
     log = np.log(np.abs(np.fft.fftshift(np.fft.fft2(maps.numpy()), axes=(-2, -1))) + 1e-6).mean((0, 1))
     diagonal = [log[8 - i, 8 - i] for i in range(9)]  # from the centre to a corner
-    np.testing.assert_allclose(relative_log_amplitude(maps), np.array(diagonal) - diagonal[0], rtol=1e-9)
+    got = relative_log_amplitude(maps)
+    assert got.shape == (3, 9)
+    np.testing.assert_allclose(got.mean(0), np.array(diagonal) - diagonal[0], rtol=1e-9)
 
 
 def test_a_known_filter_adds_its_log_gain():
@@ -43,6 +45,8 @@ def test_a_known_filter_adds_its_log_gain():
     torch.testing.assert_close((blurred.curve - plain.curve)[usable], gain.log()[usable], rtol=1e-2, atol=1e-3)
     assert (plain.depth, blurred.depth) == (0, 1) and plain.images == 4
     assert blurred.high < plain.high - 2
+    low, high = blurred.interval()
+    assert (low[1:] < blurred.curve[1:]).all() and (blurred.curve[1:] < high[1:]).all() and low[0] == high[0] == 0
 
 
 def test_log_amplitude_of_blocks_by_default():

@@ -140,13 +140,6 @@ def test_inference_mode_first_does_not_spoil_training_later():
     assert images.grad is not None
 
 
-def test_masks_are_cached_by_size():
-    from gmnet_timm.frequency.split import _squared_radii
-    device = torch.device('cpu')
-    assert _squared_radii(6, 8, device) is _squared_radii(6, 8, device)
-    assert _squared_radii(6, 8, device).shape != _squared_radii(8, 6, device).shape
-
-
 def _everything(x):
     return *split_frequencies(x, 3, keep_dc=True, restore_contrast=True), radial_power_spectrum(x)
 

@@ -1,6 +1,8 @@
 """Publishing, with the real huggingface_hub against a server on loopback."""
+import argparse
 import csv
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -8,101 +10,26 @@ import shlex
 import struct
 import subprocess
 import sys
-import time
-import types
 from pathlib import Path
 
 import pytest
 import timm
 import torch
 import yaml
-from hub_server import CUT, HANG, LOST, READ_TOKEN, TOKEN, HubServer
-from huggingface_hub import ModelCard, constants, file_download
+from hub_server import CUT, HANG, LOST, READ_TOKEN, TOKEN
+from huggingface_hub import ModelCard
+from PIL import Image
+from publishing_helpers import FILES, LABELS, TINY, python, refused, succeed, tiny_model
 from safetensors.torch import load_file, save_file
 from timm.utils import reparameterize_model
 
-from gmnet_timm import GmNet
-from gmnet_timm.cli.main import main
-
-TINY = dict(base_dim=4, depths=[1, 1, 1, 1], mlp_ratios=[2, 2, 2, 2], stem_chs=4)
-FILES = {'model.safetensors', 'config.json', 'README.md'}
-LABELS = ['cat', 'dog', 'owl']
-
-
-def tiny_model(**kwargs) -> GmNet:
-    """A model whose every tensor differs from its initial value, so that a tensor left out would show."""
-    torch.manual_seed(0)
-    model = GmNet(**{**TINY, 'num_classes': 3, **kwargs}).eval()
-    for name, value in model.state_dict().items():
-        if name.endswith(('gamma', 'running_var')):
-            value.uniform_(0.5, 1.5)
-        elif value.is_floating_point():
-            value.normal_(0, 0.3)
-        else:
-            value.fill_(7)
-    return model
+from gmnet_timm.info import BIBTEX, count_activations
 
 
 def logits(model, size=64, seed=1):
     image = torch.randn(2, model.in_chans, size, size, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         return model.eval()(image)
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    path = tmp_path / 'checkpoint.pth'
-    torch.save(tiny_model().state_dict(), path)
-    return path
-
-
-@pytest.fixture
-def names(tmp_path):
-    path = tmp_path / 'names.txt'
-    path.write_text('\n'.join(LABELS) + '\n')
-    return path
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A server, and huggingface_hub in this process talking to it without waiting between its attempts."""
-    with HubServer() as server:
-        monkeypatch.setattr(constants, 'ENDPOINT', server.url)
-        template = constants.HUGGINGFACE_CO_URL_TEMPLATE.replace('https://huggingface.co', server.url)
-        for module in (constants, file_download):  # before 1.0 the latter had a copy of its own
-            monkeypatch.setattr(module, 'HUGGINGFACE_CO_URL_TEMPLATE', template, raising=False)
-        monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path / 'cache'))
-        monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True, raising=False)
-        monkeypatch.setenv('HF_TOKEN', TOKEN)
-        from huggingface_hub.utils import _http
-        impatient = types.SimpleNamespace(**{**vars(time), 'sleep': lambda seconds: None})
-        monkeypatch.setattr(_http, 'time', impatient)
-        yield server
-
-
-@pytest.fixture
-def run(capsys):
-    """Run the command line; gives its exit status, stdout and stderr."""
-    def run(*args):
-        status = main([str(arg) for arg in args])
-        return (status, *capsys.readouterr())
-
-    return run
-
-
-def succeed(result):
-    status, out, err = result
-    assert status == 0, err
-    return out
-
-
-def refused(result, *words):
-    status, out, err = result
-    assert status == 1
-    assert 'published' not in out and 'written' not in out
-    for word in words:
-        assert word in err
-    return err
 
 
 # What is read
@@ -517,7 +444,7 @@ def test_concurrent_commit(run, hub, checkpoint, monkeypatch):
 
 
 def test_damaged_on_the_server(run, hub, checkpoint):
-    """A server that stores something else than it was sent is found out when the commit is read back."""
+    """A server that stores something other than it was sent is found out when the commit is read back."""
     real = hub.commit
 
     def commit(repo_id, files, ref='main'):
@@ -539,19 +466,6 @@ def test_tokens(run, hub, checkpoint):
 
 
 # What others see
-
-
-def python(code: str, hub_url: str, tmp_path: Path, **environment) -> str:
-    """Run code in a process of its own, whose Hub is the server."""
-    env = {
-        **{key: value for key, value in os.environ.items() if key != 'HF_TOKEN'},
-        'HF_ENDPOINT': hub_url, 'HF_HOME': str(tmp_path / 'home'), 'HF_HUB_DISABLE_XET': '1',
-        'HF_HUB_DISABLE_TELEMETRY': '1', 'OMP_WAIT_POLICY': 'PASSIVE', **environment,
-    }
-    done = subprocess.run(
-        [sys.executable, '-c', code], env=env, capture_output=True, text=True, timeout=240, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 ROUND_TRIP = '''
@@ -656,29 +570,82 @@ PROGRAMS = pytest.mark.parametrize('index', [
 ])
 
 
-@PROGRAMS
-def test_card_usage_runs_as_printed(index, run, hub, tmp_path, checkpoint, names):
+def examples(card: str) -> dict[str, str]:
+    """The Python examples of a card by their titles."""
+    sections = [section.split('\n', 1) for section in card.split('\n### ')[1:]]
+    found = {title: re.search(r'```python\n(.*?)```', text, re.DOTALL) for title, text in sections}
+    return {title: code[1] for title, code in found.items() if code}
+
+
+def test_card_usage_runs_as_printed(run, hub, tmp_path, checkpoint, names, monkeypatch, capsys):
+    """A real photograph. The shapes in the comments are those that are printed."""
     succeed(run('push', checkpoint, 'owner/tiny', '--class-names', names, '--img-size', 64))
-    blocks = re.findall(r'```python\n(.*?)```', hub.files('owner/tiny')['README.md'].decode(), re.DOTALL)
-    assert len(blocks) == 2
-    assert ('topk', 'owl')[index] in python(blocks[index], hub.url, tmp_path)
+    card = hub.files('owner/tiny')['README.md'].decode()
+    monkeypatch.chdir(tmp_path)
+    photo = pytest.importorskip('skimage.data').astronaut()
+    Image.fromarray(photo).save('photo.jpg')
+    printed = {}
+    for title, code in examples(card).items():
+        if title != 'transformers':
+            exec(code, {})
+            printed[title] = capsys.readouterr().out.splitlines()
+            comments = [line.removeprefix('# ') for line in code.splitlines() if line.startswith('# ')]
+            assert not comments or printed[title] == comments
+    assert [*printed] == ['Image classification', 'Feature maps', 'Image embeddings']
+    rows = [line.split(' %  ') for line in printed['Image classification']]
+    assert {name for _, name in rows} == set(LABELS) and sum(float(p) for p, _ in rows) == pytest.approx(100, abs=.1)
+    assert len(printed['Feature maps']) == 4 and '`RuntimeError: Unknown model (gmnet_s1)`' in card.split('###')[0]
+
+
+@pytest.mark.ecosystem
+def test_card_usage_of_transformers_runs_as_printed(run, hub, tmp_path, checkpoint, names):
+    succeed(run('push', checkpoint, 'owner/tiny', '--class-names', names, '--img-size', 64))
+    Image.new('RGB', (320, 240)).save(tmp_path / 'photo.jpg')
+    code = examples(hub.files('owner/tiny')['README.md'].decode())['transformers']
+    assert 'owl' in python(code, hub.url, tmp_path)
 
 
 @pytest.mark.parametrize('in_chans', [1, 4])
 def test_card_usage_with_other_channels(in_chans, run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model = timm.create_model('gmnet_s1', base_dim=8, depths=(1, 1, 1, 1), in_chans=in_chans)
-    torch.save(model.state_dict(), 'grey.pth')
+    torch.save(model.state_dict(), 'other.pth')
     mean, std = [['0.5'] * in_chans] * 2
-    succeed(run('save', 'grey.pth', 'model', '--img-size', 64, '--mean', *mean, '--std', *std))
-    (code,) = re.findall(r'```python\n(.*?)```', Path('model', 'README.md').read_text(), re.DOTALL)
-    exec(code, {})
-    assert 'topk' in capsys.readouterr().out
+    succeed(run('save', 'other.pth', 'model', '--img-size', 64, '--mean', *mean, '--std', *std))
+    Image.new('L', (320, 240)).save('photo.jpg')
+    codes = examples(Path('model', 'README.md').read_text())
+    assert [*codes] == ['Image classification', 'Feature maps', 'Image embeddings']
+    for code in codes.values():
+        exec(code, {})
+    assert ' %  ' in capsys.readouterr().out
+    assert 'takes' in refused(run('save', 'other.pth', 'onnx', '--onnx'), f'takes {in_chans} channels')
+    assert not Path('onnx').exists()
+
+
+def test_card_facts(run, tmp_path):
+    """Of the authors' size: cost by hand, sizes of training and test, the family, the authors in the citation."""
+    torch.save(timm.create_model('gmnet_s3').state_dict(), tmp_path / 's3.pth')
+    folder = make_run(tmp_path / 'run', num_classes=1000, model='gmnet_s3', model_kwargs={}, img_size=192)
+    torch.save({'epoch': 1, 'state_dict': torch.load(tmp_path / 's3.pth')}, folder / 'model_best.pth.tar')
+    succeed(run('save', folder, tmp_path / 'out', '--img-size', 224))
+    card = (tmp_path / 'out' / 'README.md').read_text()
+    assert '| Parameters (M) | 7.792 |' in card and '| GMACs | 1.24 (' in card
+    assert '| Image size | train = 192 x 192, test = 224 x 224 |' in card
+    assert '| **gmnet_s3** | 7.8 | 1.2 | 79.3 | released |' in card and card.count('| reconstructed |') == 3
+    assert 'These weights: 40.25 %, by train.py (summary.csv, epoch 1).' in card
+    assert BIBTEX in card and 'Ma, Xu' in BIBTEX
+
+
+@pytest.mark.parametrize('name, millions', [('resnet18', 2.48), ('resnet50', 11.11), ('mobilenetv2_100', 6.68)])
+def test_activations_are_counted_as_timm_counts(name, millions):
+    """Against timm's own model cards, which have them from fvcore."""
+    assert count_activations(timm.create_model(name, device='meta'), (3, 224, 224)) / 1e6 == pytest.approx(
+        millions, abs=.006)
 
 
 @PROGRAMS
 def test_every_documented_command(index, run, hub, tmp_path, names, monkeypatch):
-    """docs/publishing.md, from top to bottom."""
+    """docs/publishing.md, from top to bottom; for transformers only what publishes the model that its program loads."""
     monkeypatch.chdir(tmp_path)
     make_run(tmp_path / 'run')
     torch.save(tiny_model().state_dict(), 'checkpoint.pth')
@@ -690,9 +657,36 @@ def test_every_documented_command(index, run, hub, tmp_path, names, monkeypatch)
     blocks = re.findall(r'```(console|python)\n(.*?)```', text, re.DOTALL)
     commands = [line for language, block in blocks if language == 'console' for line in block.splitlines()]
     assert len(commands) >= 15
+    if index == 1:
+        commands = [line for line in commands if 'owner/my-gmnet' in line and 'names.txt' in line][:1]
+    if importlib.util.find_spec('onnxscript') is None:
+        commands = [line for line in commands if 'onnx' not in line]
     for command in commands:
         prompt, program, *arguments = shlex.split(command)
         assert (prompt, program) == ('$', 'gmnet-timm'), command
         assert 'FAILED' not in succeed(run(*arguments)), command
     programs = [block for language, block in blocks if language == 'python']
     assert ('cat', 'owl')[index] in python(programs[index], hub.url, tmp_path, HF_TOKEN=TOKEN)
+
+
+@pytest.mark.slow
+def test_readme_brings_a_checkpoint_of_the_authors_to_the_hub(run, hub, tmp_path, monkeypatch):
+    """The section Weights of README.md, with a file as the authors' trainer writes it: with arguments of timm 0.6's."""
+    monkeypatch.chdir(tmp_path)
+    weights = timm.create_model('gmnet_s3').state_dict()
+    args = argparse.Namespace(
+        model='gmnet_s3', data='/data', num_classes=None, gp=None, img_size=None, drop=0.0, drop_path=0.0,
+        drop_connect=None, drop_block=None, split_bn=False, native_amp=False, teacher_model='regnety_160',
+        distillation_type='none')
+    torch.save({'epoch': 309, 'arch': 'gmnet_s3', 'state_dict': weights, 'optimizer': {'state': {}, 'param_groups': []},
+                'version': 2, 'args': args, 'metric': 79.3}, 'FILE')
+    readme = (Path(__file__).parents[2] / 'README.md').read_text(encoding='utf-8')
+    section = readme[readme.index('## Weights'):readme.index('## Train')]
+    (commands,), (program,) = (re.findall(rf'```{language}\n(.*?)```', section, re.DOTALL)
+                               for language in ('bash', 'python'))
+    for command in commands.splitlines():
+        program_name, *arguments = shlex.split(command.replace('you/', 'owner/'), comments=True)
+        assert program_name == 'gmnet-timm' and 'FAILED' not in succeed(run(*arguments)), command
+    program = program.replace('you/', 'owner/')
+    code = f'import timm\n{program}\nprint(model.state_dict()["head.weight"].double().sum().item())'
+    assert float(python(code, hub.url, tmp_path, HF_TOKEN=TOKEN)) == weights['head.weight'].double().sum().item()

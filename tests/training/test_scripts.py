@@ -118,7 +118,7 @@ def test_every_value_of_a_recipe_arrives_as_the_command_line_would_set_it(work, 
     for key, value in load_recipe(recipe).items():
         if value is True:
             flags.append(f'--{key.replace("_", "-")}')
-        elif value is not None and value is not False:
+        elif value is not None and value is not False and value != {}:
             values = value if isinstance(value, list) else [value]
             flags += [f'--{key.replace("_", "-")}', *map(str, values)]
     code = (

@@ -22,9 +22,9 @@ _MIN_TENSORS_PER_BLOCK = 18  # four convolutions and two BatchNorms; the layer s
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """What the shapes of tensors tell of a GmNet, in the terms of `GmNet`'s arguments.
+    """What the shapes of tensors tell about a GmNet, as arguments of `GmNet`.
 
-    They do not tell the activation, the output stride, nor average from maximum pooling.
+    They tell neither the activation nor the output stride, nor average from maximum pooling.
     """
 
     base_dim: int
@@ -43,7 +43,7 @@ class Architecture:
         return min(SIZES, key=lambda name: len(self.differences(name)))
 
     def differences(self, name: str) -> dict[str, Any]:
-        """Arguments that make the registered model `name` this one; classes, channels and pooling do not count."""
+        """Arguments that turn the registered model `name` into this one, without classes, channels and pooling."""
         theirs = size_architecture(name)
         fields = ('base_dim', 'depths', 'mlp_ratios', 'stem_chs', 'gate', 'init_values')
         return {field: getattr(self, field) for field in fields if getattr(self, field) != getattr(theirs, field)}
@@ -112,14 +112,14 @@ def _gate(shapes: dict[str, tuple[int, ...]]) -> str:
 
 
 def _count(shapes: dict[str, tuple[int, ...]], pattern: str) -> int:
-    """One more than the largest number that `pattern` captures at the start of a key, 0 without any."""
+    """One more than the largest number that `pattern` captures at the start of a key, 0 if there is none."""
     matches = (re.match(pattern, key) for key in shapes)
     numbers = (match.group(1) for match in matches if match)
     return max((int(number) + 1 for number in numbers if len(number) < 7), default=0)  # longer ones are not indices
 
 
 def _verify_shapes(shapes: dict[str, tuple[int, ...]], architecture: Architecture) -> None:
-    if sum(architecture.depths) * _MIN_TENSORS_PER_BLOCK > len(shapes):  # or this would build whatever a name pretends
+    if sum(architecture.depths) * _MIN_TENSORS_PER_BLOCK > len(shapes):  # or a name could ask for any number of blocks
         raise CheckpointError(f'This is not a GmNet: tensors of its {architecture.depths} blocks are missing.')
     model = gmnet.GmNet(**dataclasses.asdict(architecture), device='meta')
     problems = shape_problems(model.state_dict(), shapes)

@@ -17,7 +17,7 @@ def read_class_names(spec: str, num_classes: int) -> list[str]:
         num_classes: Number of classes of the model.
 
     Raises:
-        UserError: There are none, not as many as classes, or some occur twice.
+        UserError: There are none, there are more or fewer than classes, or some occur twice.
     """
     path = Path(spec)
     if spec == 'imagenet-1k':
@@ -47,11 +47,11 @@ def check_class_names(names: list[str], num_classes: int) -> list[str]:
     """Class names that fit the model.
 
     Raises:
-        UserError: There are not as many as classes, or some occur twice.
+        UserError: There are more or fewer than classes, or some occur twice.
     """
     if len(names) != num_classes:
         raise UserError(f'{len(names)} class names do not fit a model of {num_classes} classes.')
     doubles = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
     if doubles:
-        raise UserError(f'Class names have to differ, these occur twice: {", ".join(doubles[:5])}')
+        raise UserError(f'Class names must differ, but these occur twice: {", ".join(doubles[:5])}')
     return names

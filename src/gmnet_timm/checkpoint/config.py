@@ -28,7 +28,7 @@ _MAX_PIXELS = 2 ** 14  # of a side
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """What a config.json says, with the types that it has to have."""
+    """The entries of a config.json, with checked types."""
 
     path: Path
     name: str  # of the model
@@ -88,7 +88,7 @@ def read_hub_config(name: str, where: str) -> Config:
         cfg, architecture, model_args = load_model_config_from_hf(model_id)
     except (*REQUEST_ERRORS, TypeError, AssertionError) as e:
         raise UserError(
-            f'{where} names the model {name}, whose config.json has to be read and cannot be: '
+            f'{where} names the model {name}, but its config.json cannot be read: '
             f'{" ".join(str(e).split())[:300]}') from e
     return Config(Path(name), architecture, model_args or {}, cfg['num_classes'], cfg, cfg.get('label_names'), None)
 
@@ -125,6 +125,6 @@ def _check_input(path: Path, cfg: dict[str, Any]) -> None:
 
 
 def _refuse_constant(name: str) -> float:
-    raise ValueError(f'{name} is not a number of JSON')
+    raise ValueError(f'{name} is not a number in JSON')
 
 

@@ -1,4 +1,4 @@
-"""Converting a checkpoint to another format or precision, without losing what it says of its model."""
+"""Converting a checkpoint to another format or precision, without losing what it says about its model."""
 from pathlib import Path
 
 import torch

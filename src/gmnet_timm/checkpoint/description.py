@@ -112,7 +112,7 @@ class ModelDescription:
         """This description with arguments that the user states.
 
         Raises:
-            UserError: One contradicts what the source says, or is none of the model's.
+            UserError: An argument contradicts the source, or the model does not have it.
         """
         if not args:
             return self
@@ -143,7 +143,7 @@ class ModelDescription:
         return metadata
 
     def _implausible(self, tensors: int) -> str | None:
-        """What forbids to build it in order to compare it with so many tensors: a description may ask for much."""
+        """Why the model must not be built to compare it with tensors: a description may ask for a huge network."""
         args = self.full_args
         depths, ratios = args['depths'], args['mlp_ratios']
         whole = [args['base_dim'], args['stem_chs'], args['in_chans'], *_items(depths), *_items(ratios)]
@@ -168,7 +168,7 @@ def describe_training(args: dict[str, Any], where: str) -> ModelDescription:
     if not isinstance(name, str) or not name:
         raise UserError(f'{where} names no model.')
     if args.get('split_bn'):
-        raise UserError(f'{where} says split_bn: its BatchNorms come in parts, which no model of timm loads.')
+        raise UserError(f'{where} says split_bn: its BatchNorms are split into parts, which no model of timm can load.')
     model_kwargs = args.get('model_kwargs') or {}
     if not isinstance(model_kwargs, dict):
         raise UserError(f'{where}: model_kwargs {model_kwargs!r} is not a mapping.')
@@ -205,12 +205,12 @@ def describe_metadata(metadata: dict[str, Any], where: str) -> ModelDescription 
     except (TypeError, ValueError, RecursionError) as e:
         raise UserError(f'{where}: its metadata cannot be read. {e}') from e
     if not isinstance(args, dict) or not isinstance(assumed, list) or not set(map(str, assumed)) <= set(_ASSUMED):
-        raise UserError(f'{where}: its metadata describe no model.')
+        raise UserError(f'{where}: its metadata does not describe a model.')
     return dataclasses.replace(_checked(metadata[MODEL_KEY], args, where), assumed=tuple(map(str, assumed)))
 
 
 def describe_tensors(state_dict: dict[str, torch.Tensor], name: str | None = None) -> ModelDescription:
-    """The model that tensors alone let one think of: a GmNet, or the model `name` with their classes and channels.
+    """The model that tensors alone suggest: a GmNet, or the model `name` with their classes and channels.
 
     Raises:
         CheckpointError: They are not a GmNet's, and no name was given.
@@ -257,10 +257,10 @@ def _checked(name: str, args: dict[str, Any], where: str, assumed: tuple[str, ..
     if split_model_name_tag(name)[0] in SIZES:
         strangers = [key for key in args if key not in _gmnet_defaults()]
         if strangers:
-            raise UserError(f'{where}: {listed(strangers)} cannot be carried over, GmNet has no such argument.')
+            raise UserError(f'{where}: {listed(strangers)} cannot be carried over: GmNet has no such argument.')
     for key, value in args.items():
         if not _is_json(value):
-            raise UserError(f'{where}: {key} {value!r} cannot be carried over, config.json has no way to write it.')
+            raise UserError(f'{where}: {key} {value!r} cannot be carried over: config.json cannot hold it.')
     return ModelDescription(name, {key: _as_json(value) for key, value in args.items()}, assumed)
 
 

@@ -44,7 +44,7 @@ def check_values(state_dict: dict[str, torch.Tensor], file_size: int) -> None:
     # A view can be far larger than what it looks at, so this comes before any arithmetic.
     claimed = sum(value.numel() * value.element_size() for value in state_dict.values())
     if claimed > file_size:
-        raise DamageError(f'Its tensors claim {claimed:,} bytes, the file has {file_size:,}')
+        raise DamageError(f'Its tensors claim {claimed:,} bytes, but the file has {file_size:,}')
     wrong_dtypes = [f'{key} {value.dtype}' for key, value in state_dict.items() if not _is_dtype_of(key, value.dtype)]
     if wrong_dtypes:
         raise DamageError(f'Not dtypes of weights: {listed(wrong_dtypes)}')

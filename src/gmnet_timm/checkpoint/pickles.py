@@ -43,7 +43,7 @@ _STORAGE_DTYPES = {
 
 
 class ForeignPickleError(DamageError):
-    """A pickle that is not one of a checkpoint, and that may run code where it is loaded."""
+    """A pickle that is not that of a checkpoint and may run code when it is loaded."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +124,7 @@ class _Unpickler:
     def charge(self, nbytes: int) -> None:
         self.left -= nbytes
         if self.left < 0:
-            raise DamageError(f'Its pickle asks for more than {MAX_OBJECT_BYTES >> 20} MB beside the tensors')
+            raise DamageError(f'Its pickle asks for more than {MAX_OBJECT_BYTES >> 20} MB besides the tensors')
 
     def push(self, value: Any) -> None:
         self.charge(sys.getsizeof(value))
@@ -162,7 +162,7 @@ class _Unpickler:
 
     def extend(self, items: list[Any]) -> None:
         if not isinstance(self.stack[-1], list):
-            raise ForeignPickleError('It appends to something else than a list')
+            raise ForeignPickleError('It appends to something other than a list')
         self.stack[-1].extend(items)
 
     def setitem(self, _: None) -> None:
@@ -175,7 +175,7 @@ class _Unpickler:
 
     def update(self, pairs: Iterable[tuple[Any, Any]]) -> None:
         if not isinstance(self.stack[-1], dict):
-            raise ForeignPickleError('It sets items of something else than a dictionary')
+            raise ForeignPickleError('It sets items of something other than a dictionary')
         self.stack[-1].update(self.checked_items(pairs))
 
     def checked_items(self, pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
@@ -235,7 +235,7 @@ class _Unpickler:
     def storage(self, _: None) -> None:
         what, kind, key, _, numel, *view = self.stack.pop()
         if what != 'storage' or self.storages is None or not isinstance(kind, _Name):
-            raise ForeignPickleError('It refers to something else than tensors')
+            raise ForeignPickleError('It refers to something other than tensors')
         dtype = _STORAGE_DTYPES.get(kind.name.rpartition('.')[2])
         if dtype is None:
             self.push(Unread(kind.name))

@@ -35,7 +35,7 @@ def resolve_preprocessing(
         `interpolation`, `crop_pct`, `crop_mode`.
 
     Raises:
-        UserError: It does not fit the model, or no image can be prepared so.
+        UserError: It does not fit the model, or no image can be prepared with it.
     """
     found = {key: value for key, value in (recorded or {}).items() if key in RUN_KEYS and value not in (None, '', [])}
     wanted = {key: value for key, value in (stated or {}).items() if value is not None}
@@ -63,7 +63,7 @@ def resolve_preprocessing(
 
 
 def _per_channel(values: Any, channels: int) -> tuple[float, ...]:
-    """As many values as channels. timm's loaders take the mean of those that do not fit, so this does."""
+    """One value per channel. From a list of another length timm's loaders take the mean, and so does this."""
     numbers = [float(value) for value in values]
     if len(numbers) == 1:
         return tuple(numbers * channels)
@@ -79,7 +79,7 @@ def _problem(config: dict[str, Any], in_chans: int) -> str | None:
     if not all(map(math.isfinite, (*config['mean'], *config['std']))) or min(config['std']) <= 0:
         return 'mean and std are finite numbers, and std is positive'
     if not 0 < config['crop_pct'] <= 2:
-        return 'crop_pct is a number above 0, and mostly at most 1'
+        return 'crop_pct is a number above 0, and usually at most 1'
     if config['interpolation'] not in _INTERPOLATIONS:
         return f'interpolation is one of {", ".join(_INTERPOLATIONS)}'
     if in_chans in (1, 3):  # PIL has no pictures of other numbers of channels

@@ -35,7 +35,7 @@ _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_VERSION = 1001
 _MAX_PICKLE = 32 << 20  # bytes; a training checkpoint with ten thousand tensors has three million
 _MAX_HEADER = 4 << 20  # bytes of a safetensors header
-_MAX_TENSORS = 50_000  # each takes a kilobyte beside its values
+_MAX_TENSORS = 50_000  # each takes a kilobyte besides its values
 _MAX_VALUES, _MAX_DEPTH = 1_000_000, 50  # of metadata
 
 
@@ -52,7 +52,7 @@ class Checkpoint:
         state_dict: Tensors by parameter name, on the CPU, without the `module.` prefix of DistributedDataParallel.
         ema: `state_dict` holds EMA weights.
         has_ema: The file holds EMA weights.
-        metadata: What the file says beside tensors: `epoch`, `metric`, `arch`, `args` (`argparse.Namespace`) and so on
+        metadata: What the file says besides tensors: `epoch`, `metric`, `arch`, `args` (`argparse.Namespace`) and so on
             of train.py, or the strings in the header of a safetensors file. Entries with tensors are left out. Empty
             for a bare state dict.
         protection: What the values were checked against: 'recorded SHA-256', 'zip checksums', or None if the format
@@ -356,12 +356,12 @@ def _parse_legacy(read: Read, size: int) -> _TorchFile:
         extents[key] = position + 8, nbytes
         position += 8 + nbytes
     if position != size:
-        raise DamageError('It goes on after its last tensor: are these two files in one?')
+        raise DamageError('It continues after its last tensor: are these two files in one?')
     return _TorchFile(content, extents, 'little', None)
 
 
 def _metadata(content: Any) -> dict[str, Any]:
-    """The entries beside the weights, those without tensors."""
+    """The entries besides the weights that have no tensors."""
     if _weights_key(content, use_ema=True) is None:
         return {}
     plain = _Plain()
@@ -378,7 +378,7 @@ class _Plain:
     def __call__(self, value: Any, depth: int = 0) -> bool:
         self.left -= 1
         if self.left < 0 or depth > _MAX_DEPTH:
-            raise DamageError('What it says beside the tensors is too much, or nested too deep')
+            raise DamageError('What it says besides the tensors is too much, or nested too deeply')
         if isinstance(value, argparse.Namespace):  # of which single arguments are left out
             for name in [name for name, item in vars(value).items() if not self(item, depth + 1)]:
                 delattr(value, name)

@@ -4,7 +4,15 @@ import math
 from pathlib import Path
 from typing import Any
 
-from gmnet_timm.cli.options import SOURCES, add_description, add_preprocessing, description, preprocessing, print_notes
+from gmnet_timm.cli.options import (
+    SOURCES,
+    add_description,
+    add_preprocessing,
+    description,
+    preprocessing,
+    print_notes,
+    stated_words,
+)
 from gmnet_timm.errors import UserError
 
 DEFAULT_OUTPUT = 'output/freq'
@@ -28,6 +36,7 @@ def add_commands(commands) -> None:
     _add_theory(commands)
     _add_learn(commands)
     _add_study(commands)
+    _add_explore(commands)
 
 
 def _add_eval(commands) -> None:
@@ -42,7 +51,7 @@ def _add_eval(commands) -> None:
 
 def _run_eval(args: argparse.Namespace) -> None:
     """Evaluate models on images with only some of their frequencies. Writes eval.csv, eval.json and a figure."""
-    from gmnet_timm.frequency.evaluation import evaluate_model, report_rows
+    from gmnet_timm.frequency.evaluation import band_curves, evaluate_model, report_rows
     from gmnet_timm.frequency.plots import draw_band_accuracy
     from gmnet_timm.frequency.reports import format_table, write_csv, write_json
 
@@ -57,14 +66,7 @@ def _run_eval(args: argparse.Namespace) -> None:
     write_json(reports, args.output / 'eval.json')
     print(format_table(reports))
     print(f'\n{args.output / "eval.csv"}, {args.output / "eval.json"}')
-    curves: dict[str, Any] = {}
-    for label, report in zip(_labels(models), reports, strict=True):
-        for row in report['results']:
-            x = float(row['radius'] or 0)
-            if row['inner_radius']:
-                x = (x + float(row['inner_radius'])) / 2
-            points = curves.setdefault(label, {}).setdefault((row['band'], ''), [])
-            points.append((x, row['top1'], row['top1_low'], row['top1_high']))
+    curves = band_curves({label: report['results'] for label, report in zip(_labels(models), reports, strict=True)})
     title = f'{reports[0]["results"][0]["count"]} images, bars: 95 % intervals'
     _save(args, 'eval', lambda: draw_band_accuracy(curves, title, _chance([r['num_classes'] for r in reports])))
 
@@ -110,57 +112,52 @@ def _run_curves(args: argparse.Namespace) -> None:
 
 def _add_image(commands) -> None:
     parser = _command(commands, 'image', 'a picture, its bands, and what a model says of each', _run_image)
-    parser.add_argument('file', type=Path, help='an image file')
+    parser.add_argument('file', type=Path, help='an image file, or an array (.npy) of height, width and channels')
     _add_model(parser, '--model', required=True)
     _add_split(parser, [12., 24., 36.])
+    _add_bands(parser)
+    parser.add_argument('--top', type=int, default=3, metavar='K', help='print the K likeliest classes (default: 3)')
+    _add_class_names(parser)
+    _add_figures(parser, optional=False)
+
+
+def _add_class_names(parser) -> None:
     parser.add_argument(
         '--class-names', metavar='PATH', help='image folder, text file with one name per line, or imagenet-1k')
-    _add_figures(parser, optional=False)
 
 
 def _run_image(args: argparse.Namespace) -> None:
     """Draw a picture, its low-pass and high-pass images, and what a model says of each with its confidence."""
-    import torch
-    from PIL import Image
-    from timm.data import create_transform
-
-    from gmnet_timm.frequency.bands import band_images, list_bands
-    from gmnet_timm.frequency.data import to_mode
+    from gmnet_timm.frequency.answers import confidences, top_classes
+    from gmnet_timm.frequency.bands import BandSplit, list_bands
+    from gmnet_timm.frequency.data import prepare_picture, read_picture, to_pixels
     from gmnet_timm.frequency.plots import draw_image_panel
     from gmnet_timm.frequency.split import check_corner
 
+    if args.top < 1:
+        raise UserError(f'--top must be positive, got {args.top}.')
     subject = _load(args.model, args)
     config = subject.data_config
     check_corner(args.radii, config['input_size'])
     _check_output(args, figures=[args.file.stem])
-    try:
-        with Image.open(args.file) as opened:
-            picture = to_mode(opened, 'L' if config['input_size'][0] == 1 else 'RGB')
-    except (OSError, SyntaxError, ValueError) as e:
-        raise UserError(f'{args.file} cannot be read as an image: {e}') from e
-    images = create_transform(**config, is_training=False)(picture)[None]
-    bands = list_bands(args.radii)
-    parts = list(band_images(images, bands, _options(args), config['mean'], config['std']))
-    with torch.inference_mode():
-        confidences = [subject.model(part).softmax(-1)[0] for part in parts]
+    image = prepare_picture(read_picture(args.file, config['input_size'][0]), config)
+    split = BandSplit(image, _options(args), config['mean'], config['std'])
+    bands = list_bands(args.radii, args.bands)
     names = _class_names(args, subject)
-    answers = []
-    for confidence in confidences:
-        top = confidence.argsort(descending=True)[:3].tolist()
-        answers.append([(names[i] if names else f'class {i}', confidence[i].item()) for i in top])
-    mean, std = (images.new_tensor(config[name]).view(-1, 1, 1) for name in ('mean', 'std'))
-    pixels = [(band.kind, band.radius, part[0] * std + mean) for band, part in zip(bands, parts, strict=True)]
-    for (band, radius, _), lines in zip(pixels, answers, strict=True):
-        head = band if radius is None else f'{band} r = {radius:g}'
+    answers = [top_classes(p, args.top, names) for p in confidences(subject.model, split, bands)]
+    for band, lines in zip(bands, answers, strict=True):
+        head = str(band).replace(' ', ' r = ')
         print(f'{head:<12} ' + ', '.join(f'{name} {100 * p:.1f} %' for name, p in lines))
+    parts = [(band, to_pixels(split(band)[0], config)) for band in bands]
     title = f'{_labels([subject])[0]}: {args.file.name}, radii in cycles per image'
-    _save(args, args.file.stem, lambda: draw_image_panel(pixels, answers, title))
+    _save(args, args.file.stem, lambda: draw_image_panel(parts, answers, title))
 
 
 def _add_layers(commands) -> None:
     parser = _command(commands, 'layers', 'spectra of features before and after gates or modules', _run_layers)
     _add_model(parser, 'model')
     _add_data(parser)
+    parser.add_argument('--image', type=Path, metavar='FILE', help='look at one picture in place of data')
     parser.add_argument(
         '--modules', nargs='+', metavar='PATTERN',
         help='modules to look at, such as layer1.0 or stages.*.0 (default: all gates; the blocks where there are none)')
@@ -170,7 +167,8 @@ def _add_layers(commands) -> None:
         help='what counts as a gate: also activations, x * (f(x) / x), and products with channel or spatial weights '
              '(default: gate)')
     parser.add_argument(
-        '--channels', type=int, metavar='N', help='look at N channels of each map, which is faster (default: all)')
+        '--channels', type=_number_or_all, default=16, metavar='N',
+        help='look at N channels of each map, or at all, which can take longer than the passes (default: 16)')
     _add_maps(parser)
     _add_machine(parser, num_images=64)
     _add_figures(parser)
@@ -186,8 +184,11 @@ def _run_layers(args: argparse.Namespace) -> None:
     with _Machine(args) as machine:
         model = _load(args.model, args)
         layers = layer_spectra(
-            model.model.to(machine.device), _loader(args, model, machine), args.modules, gates=args.gates,
-            kinds=args.kinds, layout=args.layout, window=args.window, channels=args.channels, show_progress=True)
+            model.model.to(machine.device), _picture(args, model) or _loader(args, model, machine), args.modules,
+            gates=args.gates, kinds=args.kinds, layout=args.layout, window=args.window, channels=args.channels,
+            show_progress=True)
+        if machine.rank:
+            return
     write_csv([row for layer in layers for row in layer.as_rows()], args.output / 'layers.csv')
     write_csv([layer.summary_row() for layer in layers], args.output / 'layers-summary.csv')
     if args.modules is None and args.gates is None:
@@ -199,6 +200,8 @@ def _run_layers(args: argparse.Namespace) -> None:
     print(f'{args.output / "layers.csv"}, {args.output / "layers-summary.csv"}')
     images = len(next(iter(layers[0].signals.values())).power)
     title = f'{_labels([model])[0]}, {images} images'
+    if any(signal.channels < signal.all_channels for layer in layers for signal in layer.signals.values()):
+        title += f', {args.channels} channels of each map'
     _save(args, 'layers', lambda: draw_layers(layers, title))
     if any(layer.gain() is not None for layer in layers):
         _save(args, 'layers-gain', lambda: draw_layers(layers, title, gain=True))
@@ -207,7 +210,8 @@ def _run_layers(args: argparse.Namespace) -> None:
 def _describe_layer(layer) -> str:
     line = f'{layer.name:<28}'
     for name, signal in layer.signals.items():
-        line += f'  {name} {signal.size[0]}x{signal.size[1]} high/low {signal.high_low_ratio:.4f}'
+        error = f' ±{signal.ratio_error:.4f}' if signal.ratio_error else ''
+        line += f'  {name} {signal.size[0]}x{signal.size[1]} high/low {signal.high_low_ratio:.4f}{error}'
     if layer.statistics is not None:
         row = layer.summary_row()
         line += (
@@ -244,6 +248,8 @@ def _run_amplitude(args: argparse.Namespace) -> None:
             found[label] = log_amplitudes(
                 model.model.to(machine.device), _loader(args, model, machine), args.modules, layout=args.layout,
                 show_progress=True)
+        if machine.rank:
+            return
     rows = [dict(model=label, **row) for label, layers in found.items() for layer in layers for row in layer.as_rows()]
     write_csv(rows, args.output / 'amplitude.csv')
     for label, layers in found.items():
@@ -291,6 +297,8 @@ def _run_heatmap(args: argparse.Namespace) -> None:
             found[label] = run_heatmap(
                 model, _loader(args, model, machine), args.amplitudes, table, step=args.step, largest=args.largest,
                 seed=args.seed, batch_size=args.batch_size, data=f'{args.dataset} {args.data_dir} {args.split or ""}')
+        if machine.rank:
+            return
     rows = [
         dict(model=label, **row)
         for label, by_amplitude in found.items() for points in by_amplitude.values() for row in radial_summary(points)
@@ -333,6 +341,8 @@ def _run_sensitivity(args: argparse.Namespace) -> None:
                 target=args.target, window=args.window, show_progress=True)
             for label, model in zip(_labels(models), models, strict=True)
         }
+        if machine.rank:
+            return
     write_csv(
         [dict(model=label, target=args.target, **row) for label, s in found.items() for row in s.as_rows()],
         args.output / 'sensitivity.csv')
@@ -398,6 +408,8 @@ def _theory_of_model(args: argparse.Namespace, functions: list[str]) -> None:
         model = _load(args.model, args)
         loader = _loader(args, model, machine)
         layers = layer_spectra(model.model.to(machine.device), loader, show_progress=True)
+        if machine.rank:
+            return
     rows = gate_rows(layers, functions)
     write_csv(rows, args.output / 'theory-gates.csv')
     print('High over low energy of the input and the product of each gate, and of the product in theory\n')
@@ -526,6 +538,52 @@ def _run_study(args: argparse.Namespace) -> None:
     print(f'\n{format_summary(summary)}\n\n{args.output / "summary.csv"} and figures beside it')
 
 
+def _add_explore(commands) -> None:
+    parser = _command(
+        commands, 'explore', 'a page in the browser to move the radius and watch', _run_explore, output=False)
+    _add_model(parser, 'models', nargs='+')
+    _add_data(parser)
+    _add_class_names(parser)
+    parser.add_argument('--device', default='auto', help='(default: a GPU if there is one)')
+    parser.add_argument('--workers', type=int, default=2, help='processes that load images (default: %(default)s)')
+    parser.add_argument(
+        '--host', default='127.0.0.1', help='address to listen on (default: %(default)s, this machine only); whoever '
+        'reaches it can use the page')
+    parser.add_argument('--port', type=int, help='(default: the first free one from 7860 on)')
+
+
+def _run_explore(args: argparse.Namespace) -> None:
+    """Open a page that shows pictures at each frequency, what models say of them, and where their answers change.
+
+    It needs no network, listens on this machine only unless told otherwise, and keeps nothing that is dropped on it.
+    Ctrl-C ends it.
+    """
+    import torch
+
+    from gmnet_timm.device import resolve_device
+    from gmnet_timm.frequency.explore.server import serve
+    from gmnet_timm.frequency.explore.subjects import Data, Exploration, Subject
+    from gmnet_timm.frequency.extras import require_gradio, require_matplotlib
+
+    require_gradio()
+    require_matplotlib()
+    device = torch.device(resolve_device(args.device))
+    data_words = [word for name in ('data_dir', 'dataset', 'split', 'class_map') if getattr(args, name)
+                  for word in (f'--{name.replace("_", "-")}', getattr(args, name))]
+    name_words = ['--class-names', args.class_names] if args.class_names else []
+    data = Data(args.data_dir, args.dataset, args.split, args.class_map) if data_words else None
+    models = [_load(spec, args) for spec in args.models]
+    for model in models:
+        model.model.to(device)
+    subjects = tuple(
+        Subject(label, spec, model, _class_names(args, model))
+        for label, spec, model in zip(_labels(models), args.models, models, strict=True))
+    about = Exploration(
+        subjects, data, device, args.workers, stated=tuple(stated_words(args)), stated_names=tuple(name_words),
+        stated_data=tuple(data_words))
+    serve(about, args.host, args.port)
+
+
 def _command(commands, name: str, text: str, run, output: bool = True, force: bool = True) -> argparse.ArgumentParser:
     parser = commands.add_parser(name, help=text, description=run.__doc__)
     parser.set_defaults(run=run)
@@ -614,6 +672,12 @@ def _options(args: argparse.Namespace):
     return SplitOptions(args.keep_dc, args.restore_contrast, args.split_space, args.edge_width)
 
 
+def _number_or_all(text: str) -> int | None:
+    if text != 'all' and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f'give a number or all, not {text!r}')
+    return None if text == 'all' else int(text)
+
+
 def _add_maps(parser, window: bool = True) -> None:
     parser.add_argument(
         '--layout', choices=['NCHW', 'NHWC', 'NLC', 'NCL'],
@@ -673,14 +737,25 @@ def _chance(num_classes: list[int | None]) -> float | None:
 
 
 def _loader(args: argparse.Namespace, model, machine):
-    """Images for a command that runs in one process."""
+    """This process's images."""
     from gmnet_timm.frequency.data import create_band_loader
 
-    if machine.world_size > 1:
-        raise UserError('This command runs in one process.')
     return create_band_loader(
         args.data_dir, model.data_config, dataset=args.dataset, split=args.split, class_map=args.class_map,
-        batch_size=args.batch_size, workers=args.workers, num_images=args.num_images)
+        batch_size=args.batch_size, workers=args.workers, num_images=args.num_images, rank=machine.rank,
+        world_size=machine.world_size)
+
+
+def _picture(args: argparse.Namespace, model):
+    """The one picture of --image as a loader, None where there is none."""
+    import torch
+
+    from gmnet_timm.frequency.data import prepare_picture, read_picture
+
+    if args.image is None:
+        return None
+    config = model.data_config
+    return [(prepare_picture(read_picture(args.image, config['input_size'][0]), config), torch.zeros(1))]
 
 
 class _Machine:

@@ -8,7 +8,7 @@ import os
 import sys
 
 from gmnet_timm import __version__
-from gmnet_timm.cli import demo, frequency, models, publishing, training
+from gmnet_timm.cli import completion, demo, frequency, models, publishing, training
 from gmnet_timm.errors import MissingExtraError, UserError, printable
 
 
@@ -25,7 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'):  # a terminal of another encoding gets escapes instead of a failure
             stream.reconfigure(errors='backslashreplace')
-    args = _parser().parse_args(argv)
+    args = build_parser().parse_args(argv)
     try:
         status = args.run(args) or 0
         if sys.stdout is not None:  # it is None where the process was started without one
@@ -48,11 +48,22 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog='gmnet-timm', description='GmNet (ICLR 2026) for timm.')
+class _Parser(argparse.ArgumentParser):
+    """Unknown arguments of a command are reported with its usage. argparse would show the usage of the program."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f'unrecognized arguments: {" ".join(unknown)}')
+        return namespace, unknown
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line."""
+    parser = _Parser(prog='gmnet-timm', description='GmNet (ICLR 2026) for timm.')
     parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
     commands = parser.add_subparsers(metavar='command', required=True)
-    for module in (demo, models, publishing, training, frequency):
+    for module in (demo, models, publishing, training, frequency, completion):
         module.add_commands(commands)
     return parser
 

@@ -44,6 +44,18 @@ def preprocessing(args: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in stated.items() if value is not None}
 
 
+def stated_words(args: argparse.Namespace) -> list[str]:
+    """What was stated of `add_description` and `add_preprocessing`, as words of a command line."""
+    words = ['--checkpoint', args.checkpoint] if args.checkpoint is not None else []
+    words += ['--no-ema'] if args.no_ema else []
+    words += ['--model-kwargs', *args.model_kwargs] if args.model_kwargs else []
+    words += ['--gp', args.gp] if args.gp is not None else []
+    for name, value in preprocessing(args).items():
+        values = value if isinstance(value, list) else [value]
+        words += [f'--{name.replace("_", "-")}', *map(str, values)]
+    return words
+
+
 def parse_model_kwargs(words: list[str]) -> dict[str, Any]:
     """`KEY=VALUE` as train.py reads it.
 

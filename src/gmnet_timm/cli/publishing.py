@@ -69,10 +69,10 @@ def _run_push(args: argparse.Namespace) -> None:
         _publication(args), args.repo_id, private=args.private, revision=args.revision, create_pr=args.create_pr,
         message=args.message, token=args.token, timeout=args.timeout, **_choices(args))
     for name, sha256 in published.sha256.items():
-        print(f'{name:<18} sha256 {sha256}')
+        print(f'{name:<24} sha256 {sha256}')
     if published.card_kept:
-        print('README.md          kept as it was (--overwrite-card replaces it)')
-    print(f'logits             the same as those of {published.original}')
+        print('README.md                kept as it was (--overwrite-card replaces it)')
+    print(f'logits                   the same as those of {published.original}')
     print(f'{published.repo_id} at {published.commit}: published, read back and compared\n{published.url}')
 
 
@@ -109,6 +109,9 @@ def _add_publication(parser: argparse.ArgumentParser, target: str, help: str) ->
         '--train-dataset', action='append', default=[], metavar='ID', help='training data, an id on the Hub')
     parser.add_argument('--license', help='licence of the weights (default: that of the source, else apache-2.0)')
     parser.add_argument('--overwrite-card', action='store_true', help='write a new model card even where there is one')
+    parser.add_argument(
+        '--onnx', action='store_true',
+        help='also write onnx/model.onnx, fused, for ONNX Runtime and browsers (needs the extra onnx)')
 
 
 def _add_hub(parser: argparse.ArgumentParser) -> None:
@@ -138,4 +141,5 @@ def _choices(args: argparse.Namespace) -> dict:
         train_datasets=args.train_dataset,
         overwrite_card=args.overwrite_card,
         stated_preprocessing=bool(preprocessing(args)),
+        onnx=args.onnx,
     )

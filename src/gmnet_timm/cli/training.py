@@ -103,7 +103,7 @@ def _recipe_values(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _network_of(model: str, path: str) -> dict[str, Any]:
-    """What train.py has to be told of the network that weights were trained in, beside its name."""
+    """Arguments of train.py, besides the name, for the network that weights were trained in."""
     from gmnet_timm.cli.options import print_notes
     from gmnet_timm.source import read_source
 

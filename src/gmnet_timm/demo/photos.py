@@ -100,11 +100,11 @@ def photo_pixels(name: str) -> np.ndarray:
 def prepare_photo_patches(root: PathLike, *, patches: int = 320, seed: int = 42) -> PhotoPatches:
     """Write the patches, or recognise those that an earlier call with the same arguments wrote.
 
-    A folder with patches of other arguments is replaced, any other folder that is not empty is left alone.
+    A folder with patches of other arguments is replaced. Any other folder that is not empty is left alone.
 
     Args:
         root: Folder to write.
-        patches: Training patches a class, a quarter as many for validation.
+        patches: Training patches per class. For validation there are a quarter as many.
         seed: Seed of the positions.
 
     Returns:
@@ -115,7 +115,7 @@ def prepare_photo_patches(root: PathLike, *, patches: int = 320, seed: int = 42)
     manifest = _read_manifest(root)
     if manifest is None or manifest['parameters'] != wanted:
         if manifest is None and root.exists() and (not root.is_dir() or any(root.iterdir())):
-            raise UserError(f'{root} is not a folder of photo patches, it is left as it is. Choose another folder.')
+            raise UserError(f'{root} is not a folder of photo patches, so it is left as it is. Choose another folder.')
         manifest = _build_patches(root, wanted)
     return PhotoPatches(
         root=root,

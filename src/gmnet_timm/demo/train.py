@@ -66,16 +66,16 @@ class DemoReport:
         table = '\n'.join(f'{name:<16} {value}' for name, value in rows)
         return (
             f'{table}\n\n'
-            'This is the accuracy at telling unseen rows of these photographs apart. It says nothing about new\n'
-            'photographs or about ImageNet.\n'
+            'This is the accuracy on rows of these photographs that training has not seen. It says nothing\n'
+            'about other photographs or about ImageNet.\n'
             f"Use the model:   timm.create_model('local-dir:{self.model}', pretrained=True)"
         )
 
 
-# What a run can be given, and its defaults. A resumed run goes on with its own.
+# The settings of a run, and their defaults. A resumed run keeps its own.
 SETTINGS = {'model': 'gmnet_s1', 'epochs': 5, 'batch_size': 32, 'lr': 3e-3, 'seed': 42, 'patches': 320}
 
-GO_ON = ' Finished epochs are kept, go on with --resume once that is fixed.'
+GO_ON = ' Finished epochs are kept. Continue with --resume once that is fixed.'
 
 
 def run_demo(
@@ -93,7 +93,7 @@ def run_demo(
 
     Args:
         output: Folder for everything that is written.
-        resume: Go on with the run in `output` after its last finished epoch.
+        resume: Continue the run in `output` after its last finished epoch.
         device: Device to train on, 'auto' for a GPU if there is one.
         workers: Processes that load patches, 0 for none.
         **settings: Any of `SETTINGS`.
@@ -119,7 +119,7 @@ def run_demo(
         model = _export(run, data, output / 'model')
         sheet = _draw_prediction_grid(model, data, output / 'prediction-grid.png', args.seed)
     except KeyboardInterrupt:
-        print(f'\nGo on after the last finished epoch: gmnet-timm demo --output {output} --resume', file=sys.stderr)
+        print(f'\nContinue after the last finished epoch: gmnet-timm demo --output {output} --resume', file=sys.stderr)
         raise
     return DemoReport(
         data=data.root,
@@ -148,7 +148,7 @@ def _new_settings(run: Path, settings: dict[str, Any]) -> dict[str, Any]:
     if settings['batch_size'] > (total := settings['patches'] * len(PHOTOS)):
         raise UserError(f"A batch of {settings['batch_size']} is more than the {total} patches")
     if any(run.glob('[!.]*')):
-        raise UserError(f'{run} holds a run already. Go on with it by --resume, or choose another --output.')
+        raise UserError(f'{run} holds a run already. Continue it with --resume, or choose another --output.')
     return settings
 
 
@@ -277,7 +277,7 @@ def _restore(task: ClassificationTask, optimizer, saver: CheckpointSaver, run: P
     try:
         start = (resume_task_checkpoint(task, str(last), optimizer, log_info=False) if last.exists() else None) or 0
     except (OSError, RuntimeError, EOFError, KeyError) as e:
-        raise UserError(f'{last} is damaged. Copy the newest {run}/checkpoint-*.pth.tar over it and go on.') from e
+        raise UserError(f'{last} is damaged. Copy the newest {run}/checkpoint-*.pth.tar over it and continue.') from e
     with writing(run, GO_ON):
         top1 = _trim_summary(run / SUMMARY_NAME, start)
         if start:

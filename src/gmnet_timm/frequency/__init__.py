@@ -4,7 +4,8 @@ from gmnet_timm.frequency.bands import Band, BandAccuracy, SplitOptions, band_im
 from gmnet_timm.frequency.gates import find_gates, find_products
 from gmnet_timm.frequency.heatmap import HeatmapPoint, directions, fourier_basis, fourier_heatmap, radial_summary
 from gmnet_timm.frequency.sensitivity import Sensitivity, input_sensitivity
-from gmnet_timm.frequency.spectra import GateStatistics, LayerSpectrum, Signal, find_blocks, layer_spectra
+from gmnet_timm.frequency.signals import GateStatistics, LayerSpectrum, Signal
+from gmnet_timm.frequency.spectra import find_blocks, layer_spectra, list_layers
 from gmnet_timm.frequency.split import (
     frequency_bands,
     modes_per_bin,
@@ -14,9 +15,9 @@ from gmnet_timm.frequency.split import (
 )
 
 __all__ = [
-    'Band', 'BandAccuracy', 'GateStatistics', 'HeatmapPoint', 'LayerSpectrum', 'LogAmplitude', 'Sensitivity',
-    'Signal', 'SplitOptions', 'band_images', 'directions', 'evaluate_bands', 'find_blocks', 'find_gates',
-    'find_products', 'fourier_basis', 'fourier_heatmap', 'frequency_bands', 'input_sensitivity', 'layer_spectra',
-    'list_bands', 'log_amplitudes', 'modes_per_bin', 'num_radial_bins', 'radial_power_spectrum', 'radial_summary',
+    'Band', 'BandAccuracy', 'GateStatistics', 'HeatmapPoint', 'LayerSpectrum', 'LogAmplitude', 'Sensitivity', 'Signal',
+    'SplitOptions', 'band_images', 'directions', 'evaluate_bands', 'find_blocks', 'find_gates', 'find_products',
+    'fourier_basis', 'fourier_heatmap', 'frequency_bands', 'input_sensitivity', 'layer_spectra', 'list_bands',
+    'list_layers', 'log_amplitudes', 'modes_per_bin', 'num_radial_bins', 'radial_power_spectrum', 'radial_summary',
     'relative_log_amplitude', 'split_frequencies',
 ]

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from gmnet_timm.errors import UserError
+from gmnet_timm.frequency.positions import Layout
+from gmnet_timm.frequency.processes import gathered, interleaved
 from gmnet_timm.frequency.progress import progress
 from gmnet_timm.frequency.spectra import find_blocks, module_layouts
 from gmnet_timm.frequency.tracing import trace, watch_modules
@@ -22,47 +24,62 @@ class LogAmplitude:
         name: Of the module.
         depth: From 0 (first) to 1 (last of those that were looked at).
         size: (H, W) of its maps.
-        curve: Natural log amplitude from zero frequency to the corner, minus that at zero frequency, (points,).
-        images: Number of images.
+        curves: Of each image, natural log amplitude from zero frequency to the corner minus that at zero frequency,
+            mean over channels, (images, points), float64.
     """
 
     name: str
     depth: float
     size: tuple[int, int]
-    curve: torch.Tensor
-    images: int
+    curves: torch.Tensor
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return len(self.curves)
+
+    @property
+    def curve(self) -> torch.Tensor:
+        """Mean over images, (points,)."""
+        return self.curves.mean(0)
 
     @property
     def high(self) -> float:
         """At the corner, pi in both directions: the number of the paper's figures by depth."""
         return self.curve[-1].item()
 
+    def interval(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Bounds of the 95 % interval (normal) of the mean over images, each (points,); NaN for one image."""
+        half = 1.959964 * self.curves.std(0) / self.images ** .5 if self.images > 1 else torch.nan
+        return self.curve - half, self.curve + half
+
     def as_rows(self) -> list[dict[str, Any]]:
         """One row per point of the half-diagonal for a CSV; a frequency of 1 is the corner."""
-        last = max(1, len(self.curve) - 1)
+        columns = zip(self.curve.tolist(), *(bound.tolist() for bound in self.interval()), strict=True)
+        last = max(1, self.curves.shape[1] - 1)
         return [
             dict(layer=self.name, depth=self.depth, height=self.size[0], width=self.size[1], images=self.images,
-                 frequency=i / last, relative_log_amplitude=value)
-            for i, value in enumerate(self.curve.tolist())
+                 frequency=i / last, relative_log_amplitude=value, low=low, high=high)
+            for i, (value, low, high) in enumerate(columns)
         ]
 
 
 def relative_log_amplitude(maps: torch.Tensor) -> torch.Tensor:
-    """Log amplitude along the half-diagonal of the 2-D DFT minus that at zero frequency, mean over images and channels.
+    """Log amplitude along the half-diagonal of the 2-D DFT minus that at zero frequency, mean over channels.
 
     Args:
         maps: Real maps (B, C, H, W).
 
     Returns:
-        Natural logarithms, (min(H, W) // 2 + 1,); the last point is the corner of the spectrum.
+        Natural logarithms, (B, min(H, W) // 2 + 1); the last point is the corner of the spectrum.
     """
     height, width = maps.shape[-2:]
     maps = maps if maps.dtype == torch.float64 else maps.float()
     points = min(height, width) // 2 + 1
     v, u = (torch.linspace(0, n // 2, points, device=maps.device).round().long() for n in (height, width))
     amplitude = torch.fft.rfft2(maps)[..., v, u].abs()
-    log = (amplitude + 1e-6).log().mean((0, 1))  # as the paper's code, so that an empty frequency stays finite
-    return log - log[0]
+    log = (amplitude + 1e-6).log().mean(1)  # as the paper's code, so that an empty frequency stays finite
+    return log - log[:, :1]
 
 
 def log_amplitudes(
@@ -74,6 +91,8 @@ def log_amplitudes(
         show_progress: bool = False,
 ) -> list[LogAmplitude]:
     """Relative log amplitude of the outputs of modules, over a set of images.
+
+    With an initialised process group each process gives a part of the images, and all get the numbers of the whole.
 
     Args:
         model: Any model that takes images.
@@ -89,32 +108,40 @@ def log_amplitudes(
         UserError: As by `layer_spectra`.
     """
     device = next(model.parameters(), torch.empty(0)).device
-    sums: dict[str, torch.Tensor] = {}
-    layouts: dict[str, Any] = {}
-    count = 0
+    curves: dict[str, list[torch.Tensor]] = {}
+    layouts: dict[str, Layout] = {}
+
+    def on_module(name: str, side: str, x: torch.Tensor) -> None:
+        if side == 'output' and name in layouts:
+            curves.setdefault(name, []).append(relative_log_amplitude(layouts[name].maps(x)).double().cpu())
+
     for batch, *_ in progress(loader, 'amplitude', 'batch', show=show_progress):
         batch = batch.to(device)
-        if not count:
-            found = trace(model, batch[:2])
-            chosen = modules if modules is not None else find_blocks(found)
-            both = module_layouts(model, found, chosen, layout, batch[:2])
-            layouts = {name: both[name, side] for name, side in both if side == 'output'}
-            if not layouts:
-                raise UserError('The model has no blocks that hold maps. Name the modules to look at (--modules).')
-
-        def on_module(name: str, side: str, x: torch.Tensor) -> None:
-            if side == 'output' and name in layouts:  # noqa: B023, called within this turn of the loop
-                curve = relative_log_amplitude(layouts[name].maps(x)).double().cpu() * len(batch)  # noqa: B023
-                sums[name] = sums.get(name, 0) + curve
-
+        if not layouts:
+            layouts.update(_output_layouts(model, batch[:2], modules, layout))
         names = list(dict.fromkeys(name.partition('#')[0] for name in layouts))
         with torch.no_grad(), watch_modules(model, names, on_module):
             model(batch)
-        count += len(batch)
-    if not count:
+    own = {name: (found.size, torch.cat(curves[name])) for name, found in layouts.items()}
+    parts = [part for part in gathered(own) if part]
+    if not parts:
         raise UserError('There is no image to look at.')
-    last = max(1, len(layouts) - 1)
+    last = max(1, len(parts[0]) - 1)
     return [
-        LogAmplitude(name, i / last, layout_.size, sums[name] / count, count)
-        for i, (name, layout_) in enumerate(layouts.items())
+        LogAmplitude(name, i / last, size, interleaved([part[name][1] for part in parts]))
+        for i, (name, (size, _)) in enumerate(parts[0].items())
     ]
+
+
+def _output_layouts(
+        model: nn.Module,
+        images: torch.Tensor,
+        modules: Sequence[str] | None,
+        layout: str | None,
+) -> dict[str, Layout]:
+    found = trace(model, images)
+    both = module_layouts(model, found, modules if modules is not None else find_blocks(found), layout)
+    layouts = {name: both[name, side] for name, side in both if side == 'output'}
+    if not layouts:
+        raise UserError('The model has no blocks that hold maps. Name the modules to look at (--modules).')
+    return layouts

@@ -10,11 +10,11 @@ from torch import nn
 
 from gmnet_timm.errors import UserError
 from gmnet_timm.frequency.progress import progress
-from gmnet_timm.frequency.split import check_radii, frequency_bands, restore
+from gmnet_timm.frequency.split import check_radii, frequency_bands, restore, spectrum_of
 from gmnet_timm.frequency.statistics import wilson_interval
 
 __all__ = [
-    'BANDS', 'Band', 'BandAccuracy', 'SplitOptions', 'band_images', 'evaluate_bands', 'list_bands',
+    'BANDS', 'Band', 'BandAccuracy', 'BandSplit', 'SplitOptions', 'band_images', 'evaluate_bands', 'list_bands',
 ]
 
 SPACES = ('normalized', 'pixels')
@@ -137,30 +137,54 @@ def band_images(
         mean: Mean that was taken off each channel, needed for the space 'pixels'.
         std: Standard deviation that each channel was divided by, needed for the space 'pixels'.
     """
-    if options.space == 'normalized':
-        offset, scale = images.new_zeros(()), images.new_ones(())
-    elif mean is None or std is None:
-        raise UserError('To split in the space of pixels, mean and standard deviation of the normalisation are needed.')
-    else:
-        offset, scale = (images.new_tensor(values).view(-1, 1, 1) for values in (mean, std))
-    pixels = images * scale + offset
-    shared: tuple[Band | None, list[torch.Tensor]] = (None, [])  # low and high of one radius come from one transform
-    for band in bands:
+    yield from map(BandSplit(images, options, mean, std), bands)
+
+
+class BandSplit:
+    """Images that are split again and again: transformed once, then one call per band, `split(band)`.
+
+    Args:
+        images: Normalised images (B, C, H, W).
+        options: How to split.
+        mean: As for `band_images`.
+        std: As for `band_images`.
+    """
+
+    def __init__(
+            self,
+            images: torch.Tensor,
+            options: SplitOptions = SplitOptions(),
+            mean: Sequence[float] | None = None,
+            std: Sequence[float] | None = None,
+    ):
+        if options.space == 'normalized':
+            self.offset, self.scale = images.new_zeros(()), images.new_ones(())
+        elif mean is None or std is None:
+            raise UserError(
+                'To split in the space of pixels, mean and standard deviation of the normalisation are needed.')
+        else:
+            self.offset, self.scale = (images.new_tensor(values).view(-1, 1, 1) for values in (mean, std))
+        self.images = images
+        self.options = options
+        self.pixels = images * self.scale + self.offset
+        self.spectrum = spectrum_of(self.pixels)
+        self.last: tuple[Any, list[torch.Tensor]] = (None, [])  # low and high of one radius come from one computation
+
+    def __call__(self, band: Band) -> torch.Tensor:
+        """Only these frequencies of the images, normalised as they were, (B, C, H, W)."""
         if band.radius is None:
-            yield images
-            continue
+            return self.images
         radii = [band.radius] if band.inner_radius is None else [band.inner_radius, band.radius]
-        key = Band('', band.radius, band.inner_radius)
-        if shared[0] != key:
-            shared = key, frequency_bands(pixels, radii, options.edge_width)
-        parts = shared[1]
+        if self.last[0] != radii:
+            self.last = radii, frequency_bands(self.pixels, radii, self.options.edge_width, self.spectrum)
+        parts = self.last[1]
         if band.kind == 'low':
             x = parts[0]
         elif band.kind == 'band-stop':
             x = parts[0] + parts[2]
         else:  # neither has a mean
-            x = restore(parts[1], pixels, options.keep_dc, options.restore_contrast)
-        yield (x - offset) / scale
+            x = restore(parts[1], self.pixels, self.options.keep_dc, self.options.restore_contrast)
+        return (x - self.offset) / self.scale
 
 
 def evaluate_bands(

@@ -2,20 +2,27 @@
 import io
 import itertools
 import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from timm.data import ImageDataset, create_dataset, create_transform
 from timm.data.readers.img_extensions import get_img_extensions
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
 from gmnet_timm.errors import UserError, listed
+from gmnet_timm.frequency.processes import gathered
 
-__all__ = ['CountingLoader', 'create_band_loader', 'to_mode']
+__all__ = [
+    'CountingLoader', 'create_band_loader', 'image_mode', 'open_dataset', 'prepare_picture', 'read_picture', 'to_mode',
+    'to_pixels',
+]
+
+_MODES = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'RGBA'}
 
 # names that timm takes for the same split
 _SYNONYMS: tuple[tuple[str, ...], ...] = (
@@ -37,6 +44,91 @@ def to_mode(image: Image.Image, mode: str) -> Image.Image:
             f'{getattr(image, "filename", "") or "An image"} has {"32-bit float" if image.mode == "F" else "32-bit"} '
             'pixels, and does not say what is black and what is white. Convert it to 8 or 16 bits.')
     return image.convert(mode)
+
+
+def image_mode(channels: int) -> str:
+    """The mode of PIL that has this many channels.
+
+    Raises:
+        UserError: There is none.
+    """
+    if channels not in _MODES:
+        raise UserError(
+            f'The model takes {channels} channels, image files have 1 to 4. A single picture of so many can be '
+            'given as an array (.npy).')
+    return _MODES[channels]
+
+
+def read_picture(
+        source: str | Path | BinaryIO,
+        channels: int,
+        max_pixels: int | None = None,
+) -> Image.Image | torch.Tensor:
+    """Read one picture as timm's evaluation preprocessing takes it.
+
+    Args:
+        source: An image file, or the path of an array (.npy) of shape (H, W, channels) or (H, W), uint8 or floats from
+            0 to 1, for numbers of channels that image files do not have.
+        channels: Channels of the model.
+        max_pixels: Refuse a larger picture before it is decoded.
+
+    Returns:
+        An image of the mode `image_mode(channels)`, or for an array a tensor (C, H, W), 0 to 1.
+
+    Raises:
+        UserError: It is not an image, or not one of this size or number of channels.
+    """
+    path = Path(source if isinstance(source, (str, Path)) else getattr(source, 'name', 'the file'))
+    if path.suffix.lower() == '.npy':
+        return _read_array(path, channels, max_pixels)
+    mode = image_mode(channels)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # the limit here is our own
+            opened = Image.open(source)
+        with opened:
+            _check_pixels(path, *opened.size, max_pixels)
+            return to_mode(opened, mode)
+    except Image.DecompressionBombError as e:  # raised on opening, before anything is decoded
+        raise UserError(f'{path.name} is too large: {e}') from e
+    except (OSError, SyntaxError, ValueError) as e:
+        reason = 'it is not an image, or of a type that is not known' if isinstance(e, UnidentifiedImageError) else e
+        raise UserError(f'{path.name} cannot be read as an image: {reason}.') from e
+
+
+def prepare_picture(picture: Image.Image | torch.Tensor, data_config: dict[str, Any]) -> torch.Tensor:
+    """A picture from `read_picture` as a model takes it, by timm's evaluation preprocessing, (1, C, H, W)."""
+    return create_transform(**data_config, is_training=False)(picture)[None]
+
+
+def to_pixels(images: torch.Tensor, data_config: dict[str, Any]) -> torch.Tensor:
+    """Undo the normalisation of images (…, C, H, W): 0 is black, 1 is white."""
+    mean, std = (images.new_tensor(data_config[name]).view(-1, 1, 1) for name in ('mean', 'std'))
+    return images * std + mean
+
+
+def _read_array(path: Path, channels: int, max_pixels: int | None) -> torch.Tensor:
+    try:
+        array = np.load(path, mmap_mode='r', allow_pickle=False)
+    except (OSError, ValueError, EOFError) as e:
+        raise UserError(f'{path.name} cannot be read as an array: {e}') from e
+    if array.ndim == 2:
+        array = array[..., None]
+    if array.ndim != 3 or array.shape[-1] != channels:
+        raise UserError(f'{path.name} has the shape {array.shape}, the model takes (height, width, {channels}).')
+    _check_pixels(path, array.shape[1], array.shape[0], max_pixels)
+    if array.dtype == np.uint8:
+        array = array / np.float32(255)
+    elif not np.issubdtype(array.dtype, np.floating) or not 0 <= array.min() <= array.max() <= 1:
+        raise UserError(f'{path.name} must hold uint8, or floats from 0 to 1.')
+    return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1), dtype=np.float32))
+
+
+def _check_pixels(path: Path, width: int, height: int, most: int | None) -> None:
+    if most is not None and width * height > most:
+        raise UserError(
+            f'{path.name} has {width}x{height} pixels, {width * height / 1e6:.3g} million. At most {most / 1e6:.3g} '
+            'million are taken: make it smaller first.')
 
 
 class _DecodedImages(Dataset):
@@ -95,14 +187,14 @@ class CountingLoader:
 
     def __iter__(self):
         self.skipped = 0
-        for batch, skipped in self.loader:
-            self.skipped += skipped
-            if batch is not None:
-                yield batch
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            skipped = [0] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(skipped, self.skipped)
-            self.skipped = sum(skipped)
+        try:
+            for batch, skipped in self.loader:
+                self.skipped += skipped
+                if batch is not None:
+                    yield batch
+        except UserError as e:  # of a worker, whose traceback torch puts before the message
+            raise UserError(str(e).rpartition('UserError: ')[2].strip()) from e
+        self.skipped = sum(gathered(self.skipped))
 
 
 def create_band_loader(
@@ -143,37 +235,18 @@ def create_band_loader(
         UserError: The data cannot be read, has no such split, is empty, or has another number of classes than the
             model.
     """
-    if not root and not dataset:
-        raise UserError('There is no data: give an image folder (--data-dir) or a dataset name of timm (--dataset).')
-    is_folder = '/' not in dataset or dataset.lower() in ('torch/folder', 'torch/image_folder')
-    if is_folder and root and not Path(root).exists():
-        raise UserError(
-            f'The data folder {root}, from {root_from}, cannot be read: there is no such folder. '
-            'Say where the data is by --data-dir.')
-    if is_folder and root and Path(root).is_dir():
-        root, split = str(_split_folder(Path(root), split)), '.'
-    img_mode = 'L' if data_config['input_size'][0] == 1 else 'RGB'
-    try:
-        images = create_dataset(
-            dataset,
-            root,
-            split=split or 'validation',
-            class_map=class_map,  # type: ignore[arg-type]
-            input_img_mode=img_mode,
-        )
-    except (RuntimeError, OSError, AssertionError, ValueError, ImportError) as e:
-        reason = str(e) or 'no such folder, or none with images below it'  # timm asserts without a word
-        raise UserError(f'The data {dataset or root} cannot be read: {reason}.') from e
+    mode = image_mode(data_config['input_size'][0])
+    images, root = open_dataset(root, dataset, split, class_map, mode=mode, root_from=root_from)
     transform = create_transform(**data_config, is_training=False)
     if isinstance(images, IterableDataset):
         if world_size > 1:
             raise UserError(f'{dataset} is a stream, which cannot be split exactly. Evaluate it with one process.')
-        stream = _StreamedImages(images, transform, img_mode, num_images)
+        stream = _StreamedImages(images, transform, mode, num_images)
         return CountingLoader(DataLoader(stream, batch_size, collate_fn=_collate))  # several workers would split it
     if len(images) == 0:
         raise UserError(f'The data {dataset or root} holds no images.')
     _check_classes(images, num_classes)
-    decoded: Dataset = _DecodedImages(images, transform, img_mode)
+    decoded: Dataset = _DecodedImages(images, transform, mode)
     indices: Sequence[int] = range(len(images))
     if num_images is not None and num_images < len(images):
         indices = [i * len(images) // num_images for i in range(num_images)]
@@ -184,7 +257,55 @@ def create_band_loader(
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
     )
-    return CountingLoader(loader, _count_ignored(root) if is_folder and not dataset and root else 0)
+    return CountingLoader(loader, _count_ignored(root) if not dataset and root else 0)
+
+
+def open_dataset(
+        root: str | None,
+        dataset: str = '',
+        split: str | None = None,
+        class_map: str = '',
+        *,
+        mode: str = 'RGB',
+        root_from: str = '--data-dir',
+) -> tuple[Any, str | None]:
+    """Open a dataset of timm for evaluation.
+
+    Args:
+        root: As for `create_band_loader`.
+        dataset: As for `create_band_loader`.
+        split: As for `create_band_loader`.
+        class_map: As for `create_band_loader`.
+        mode: Mode of PIL that images are converted to.
+        root_from: Where `root` was stated, for error messages.
+
+    Returns:
+        The dataset, and its folder where it is in one: that of the split.
+
+    Raises:
+        UserError: The data cannot be read, or has no such split.
+    """
+    if not root and not dataset:
+        raise UserError('There is no data: give an image folder (--data-dir) or a dataset name of timm (--dataset).')
+    is_folder = '/' not in dataset or dataset.lower() in ('torch/folder', 'torch/image_folder')
+    if is_folder and root and not Path(root).exists():
+        raise UserError(
+            f'The data folder {root}, from {root_from}, cannot be read: there is no such folder. '
+            'Say where the data is by --data-dir.')
+    if is_folder and root and Path(root).is_dir():
+        root, split = str(_split_folder(Path(root), split)), '.'
+    try:
+        images = create_dataset(
+            dataset,
+            root,
+            split=split or 'validation',
+            class_map=class_map,  # type: ignore[arg-type]
+            input_img_mode=mode,
+        )
+    except (RuntimeError, OSError, AssertionError, ValueError, ImportError) as e:
+        reason = str(e) or 'no such folder, or none with images below it'  # timm asserts without a word
+        raise UserError(f'The data {dataset or root} cannot be read: {reason}.') from e
+    return images, root
 
 
 def _split_folder(root: Path, split: str | None) -> Path:

@@ -3,7 +3,7 @@ import dataclasses
 import platform
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,9 @@ from gmnet_timm.frequency.split import check_corner
 from gmnet_timm.source import LoadedModel, load_model
 from gmnet_timm.training.run import ARGS_NAME, epoch_checkpoints, read_args
 
-__all__ = ['EvalSettings', 'evaluate_model', 'evaluate_runs', 'report_rows']
+__all__ = [
+    'EvalSettings', 'band_curves', 'evaluate_model', 'evaluate_models', 'evaluate_runs', 'kept_rows', 'report_rows',
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,7 @@ def evaluate_model(
         rank: int = 0,
         world_size: int = 1,
         root_from: str = '--data-dir',
+        watch: Callable[[Any], Iterable[Any]] = lambda loader: loader,
 ) -> dict[str, Any]:
     """Evaluate a model band by band.
 
@@ -59,6 +62,7 @@ def evaluate_model(
         rank: Part of the data that this process evaluates.
         world_size: Number of processes.
         root_from: Where the folder of the data was stated, for error messages.
+        watch: Takes the loader and hands its batches on, to say how far it is, or to stop by an exception.
 
     Returns:
         A report that `json.dump` takes: results by band, and everything needed to repeat them.
@@ -84,7 +88,7 @@ def evaluate_model(
     )
     results = evaluate_bands(
         model.model.to(device),
-        loader,
+        watch(loader),
         settings.radii,
         kinds=settings.kinds,
         options=settings.options,
@@ -126,6 +130,65 @@ def report_rows(report: dict[str, Any], **first: Any) -> list[dict[str, Any]]:
     ]
 
 
+def evaluate_models(
+        models: Sequence[LoadedModel],
+        settings: EvalSettings,
+        path: Path,
+        *,
+        again: bool = False,
+        **kwargs: Any,
+) -> list[dict[str, str]]:
+    """Evaluate models band by band, and keep the numbers in a table: what it already holds is not evaluated again.
+
+    Args:
+        models: The models.
+        settings: Data, radii and options.
+        path: CSV file to write after each model. Rows of other models, weights and settings in it are kept.
+        again: Evaluate all the same, as after a change of the data, which the table does not know of.
+        **kwargs: As for `evaluate_model`.
+
+    Returns:
+        The rows for these models and settings.
+    """
+    for model in models:
+        if again or not kept_rows([model], settings, path):
+            report = evaluate_model(model, settings, **kwargs)
+            key = _key(model, settings)
+            rows = [row for row in _rows_of(path) if not key.items() <= row.items()]
+            write_csv([*rows, *report_rows(report)], path)
+    return kept_rows(models, settings, path)
+
+
+def kept_rows(models: Sequence[LoadedModel], settings: EvalSettings, path: Path) -> list[dict[str, str]]:
+    """The rows that `evaluate_models` has written for these models, weights and settings."""
+    keys = [_key(model, settings) for model in models]
+    return [row for key in keys for row in _rows_of(path) if key.items() <= row.items()]
+
+
+def band_curves(rows_by_label: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
+    """Rows as the curves of `plots.draw_band_accuracy`; a band between two radii stands in their middle."""
+    curves: dict[str, Any] = {}
+    for label, rows in rows_by_label.items():
+        for row in rows:
+            x = float(row['radius'] or 0)
+            if row['inner_radius']:
+                x = (x + float(row['inner_radius'])) / 2
+            points = curves.setdefault(label, {}).setdefault((row['band'], ''), [])
+            points.append((x, *(float(row[name]) for name in ('top1', 'top1_low', 'top1_high'))))
+    return curves
+
+
+def _key(model: LoadedModel, settings: EvalSettings) -> dict[str, str]:
+    """By which columns the rows of a model are known."""
+    report = dict(
+        settings=dataclasses.asdict(settings), data_config=model.data_config, provenance=model.provenance)
+    return {name: str(value) for name, value in dict(model=model.name, **_settings_columns(report)).items()}
+
+
+def _rows_of(path: Path) -> list[dict[str, str]]:
+    return read_csv(path) if path.is_file() else []
+
+
 def evaluate_runs(
         runs: Sequence[Path],
         settings: EvalSettings,
@@ -146,7 +209,7 @@ def evaluate_runs(
     Returns:
         The rows for these runs and settings, in order of runs and epochs.
     """
-    rows = read_csv(path) if path.is_file() else []
+    rows = _rows_of(path)
     wanted = []
     for run in runs:
         args = read_args(run / ARGS_NAME)

@@ -1,10 +1,21 @@
 """Packages that only some capabilities need."""
 import importlib
+import importlib.util
 from types import ModuleType
 
 from gmnet_timm.errors import MissingExtraError
 
-__all__ = ['require_matplotlib', 'require_scipy']
+__all__ = ['require_gradio', 'require_matplotlib', 'require_scipy']
+
+
+def require_gradio() -> None:
+    """Fail before models are loaded for a page that cannot be served.
+
+    Raises:
+        MissingExtraError: Gradio is not installed.
+    """
+    if importlib.util.find_spec('gradio') is None:  # it takes seconds to import
+        raise MissingExtraError('gradio', 'explore')
 
 
 def require_matplotlib() -> None:

@@ -39,14 +39,12 @@ def predict_pointwise(
     variance = covariance[:, 0, 0].clamp(min=0)
     rho = covariance / variance.clamp(min=1e-30)[:, None, None]
     coefficients, square = _hermite(function, mean, variance.sqrt())
-    r = torch.zeros_like(rho)
-    term = torch.ones_like(rho)
-    for k in range(TERMS):
-        r += coefficients[k].square()[:, None, None] * term
-        term = term * rho
     # what the expansion leaves out falls as rho^TERMS or faster; its size is known from the second moment
     rest = (square - coefficients.square().sum(0)).clamp(min=0)
-    return _radial(r + rest[:, None, None] * term)
+    r = rest[:, None, None].expand_as(rho).clone()
+    for coefficient in coefficients.flip(0):
+        r.mul_(rho).add_(coefficient.square()[:, None, None])
+    return _radial(r)
 
 
 def predict_independent(gate: torch.Tensor, value: torch.Tensor, width: int) -> torch.Tensor:

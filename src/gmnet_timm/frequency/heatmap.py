@@ -9,6 +9,7 @@ from torch import nn
 
 from gmnet_timm.errors import UserError
 from gmnet_timm.frequency.bands import check_labels, logits_of
+from gmnet_timm.frequency.processes import gathered, own_part
 from gmnet_timm.frequency.progress import progress
 from gmnet_timm.frequency.statistics import wilson_interval
 
@@ -89,11 +90,12 @@ def fourier_heatmap(
 ) -> list[HeatmapPoint]:
     """Error under a perturbation of each frequency, with a random sign for each image and channel.
 
-    The perturbation is added to pixels before normalisation. Nothing is clipped.
+    The perturbation is added to pixels before normalisation. Nothing is clipped. With an initialised process group each
+    process gives a part of the images, every n-th one, and all get the counts of the whole.
 
     Args:
         model: A classifier in evaluation mode.
-        images: Normalised images (B, C, H, W).
+        images: Normalised images (B, C, H, W); of several processes, a process without images gives (0, C, H, W).
         targets: Labels (B,).
         std: Standard deviation that each channel was divided by.
         frequencies: (v, u) in cycles per image, from `directions`.
@@ -110,27 +112,29 @@ def fourier_heatmap(
     Raises:
         UserError: There are no images, the amplitude is negative, or the logits are NaN or infinite.
     """
-    if not len(images):
-        raise UserError('There is no image to evaluate.')
     if not amplitude >= 0:
         raise UserError(f'The amplitude must be 0 or more, got {amplitude}.')
+    counts = gathered(len(images))
+    if not sum(counts):
+        raise UserError('There is no image to evaluate.')
     device = next(model.parameters()).device
     scale = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1).expand(images.shape[1], 1, 1)
     points = []
     for v, u in progress(frequencies, f'heat map, amplitude {amplitude:g}', 'frequency', show=show_progress):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + (v + 100_000) * 200_003 + u)
-        signs = torch.randint(0, 2, (*images.shape[:2], 1, 1), generator=generator) * 2. - 1
+        signs = torch.randint(0, 2, (max(counts) * len(counts), images.shape[1], 1, 1), generator=generator) * 2. - 1
+        signs = own_part(signs)  # an image has the same signs, whichever process has it
         noise = amplitude * fourier_basis(images.shape[-2], images.shape[-1], v, u) / scale
         wrong = 0
         for start in range(0, len(images), batch_size):
-            part = slice(start, start + batch_size)
+            part = slice(start, min(start + batch_size, len(images)))
             with torch.inference_mode():
                 logits = logits_of(model((images[part] + signs[part] * noise).to(device))).cpu()
             check_labels(targets, logits.shape[-1])
             if not logits.isfinite().all():
                 raise UserError(f'The logits under a perturbation at ({v}, {u}) are NaN or infinite.')
             wrong += int((logits.argmax(-1) != targets[part]).sum())
-        points.append(HeatmapPoint(v, u, amplitude, wrong, len(images)))
+        points.append(HeatmapPoint(v, u, amplitude, sum(gathered(wrong)), sum(counts)))
         if on_point is not None:
             on_point(points[-1])
     return points

@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from gmnet_timm.errors import UserError
 from gmnet_timm.frequency.heatmap import HeatmapPoint, directions, fourier_heatmap
+from gmnet_timm.frequency.processes import gathered, is_first
 from gmnet_timm.frequency.reports import read_csv, write_csv
 from gmnet_timm.source import LoadedModel
 
@@ -27,6 +27,8 @@ def run_heatmap(
 ) -> dict[float, list[HeatmapPoint]]:
     """Evaluate the frequencies that a table does not have yet, and write each one when it is known.
 
+    With an initialised process group each process gives a part of the images, and the first one writes.
+
     Args:
         model: The model.
         loader: Batches of normalised images (B, C, H, W) and labels, all of which are held in memory.
@@ -41,19 +43,18 @@ def run_heatmap(
     Returns:
         Points by amplitude.
     """
-    batches = list(loader)
-    if not batches:
-        raise UserError('There is no image to evaluate.')
-    images, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
     config = model.data_config
+    no_image = torch.empty(0, *config['input_size']), torch.empty(0, dtype=torch.long)  # a process may have none
+    images, targets = (torch.cat(parts) for parts in zip(no_image, *loader, strict=True))
     frequencies = directions(images.shape[-2], images.shape[-1], step, largest)
     rows: list[dict[str, Any]] = list(read_csv(path)) if path.is_file() else []
+    count = sum(gathered(len(images)))  # every process has read the table before one writes
     key = dict(
         model=str(model.provenance.get('model', model.name)), weights_sha256=model.provenance.get('weights_sha256', ''),
         data=data, seed=str(seed), input_size='x'.join(map(str, config['input_size'])),
         crop_pct=str(config['crop_pct']),
         interpolation=config['interpolation'], mean=' '.join(map(str, config['mean'])),
-        std=' '.join(map(str, config['std'])), count=str(len(images)))
+        std=' '.join(map(str, config['std'])), count=str(count))
     found: dict[float, list[HeatmapPoint]] = {}
     same = [row for row in rows if key.items() <= row.items()]
     for amplitude in amplitudes:
@@ -65,7 +66,8 @@ def run_heatmap(
 
         def write(point: HeatmapPoint) -> None:
             rows.append({**key, **point.as_row()})
-            write_csv(rows, path)
+            if is_first():
+                write_csv(rows, path)
 
         missing = [frequency for frequency in frequencies if frequency not in known]
         new = fourier_heatmap(

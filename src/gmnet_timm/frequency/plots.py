@@ -4,6 +4,8 @@ A function `plot_…` draws into one Axes, its own or a given one, and returns i
 function `draw_…` arranges them in a Figure, which `save_figure` writes as PNG, PDF or SVG. Dashes and markers tell
 lines apart, so that they can be read without colour.
 """
+import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,20 +16,24 @@ import torch
 from gmnet_timm.errors import UserError
 from gmnet_timm.files import replacing
 from gmnet_timm.frequency.amplitude import LogAmplitude
+from gmnet_timm.frequency.answers import ScanPoint
+from gmnet_timm.frequency.bands import BANDS, Band
 from gmnet_timm.frequency.extras import require_matplotlib
 from gmnet_timm.frequency.heatmap import HeatmapPoint, radial_summary
 from gmnet_timm.frequency.learn_tasks import IDEAL
 from gmnet_timm.frequency.sensitivity import Sensitivity
-from gmnet_timm.frequency.spectra import LayerSpectrum
+from gmnet_timm.frequency.signals import LayerSpectrum
 from gmnet_timm.frequency.split import modes_per_bin, radial_power_spectrum
 from gmnet_timm.frequency.statistics import mean_interval
 from gmnet_timm.frequency.theory import MapPrediction
 from gmnet_timm.frequency.variants import Variant
 
 __all__ = [
-    'Curves', 'draw_band_accuracy', 'draw_band_curves', 'draw_heatmaps', 'draw_image_panel', 'draw_layers',
-    'draw_learning', 'draw_log_amplitudes', 'draw_sensitivity', 'draw_theory', 'draw_theory_of_gates', 'plot_accuracy',
-    'plot_gain', 'plot_heatmap', 'plot_log_amplitude', 'plot_radial_error', 'plot_sensitivity', 'plot_spectrum',
+    'Curves', 'band_title', 'displayable', 'draw_band_accuracy', 'draw_band_curves', 'draw_heatmaps',
+    'draw_image_panel', 'draw_image_spectrum', 'draw_layers', 'draw_learning', 'draw_log_amplitudes', 'draw_maps',
+    'draw_scan', 'draw_sensitivity', 'draw_theory', 'draw_theory_of_gates', 'figure_svg', 'plot_accuracy', 'plot_gain',
+    'plot_heatmap', 'plot_image_spectrum', 'plot_log_amplitude', 'plot_radial_error', 'plot_scan', 'plot_sensitivity',
+    'plot_spectrum', 'radius_axis',
     'save_figure',
 ]
 
@@ -46,6 +52,9 @@ _LINES: list[dict[str, Any]] = [
 _SIGNALS = {  # style and label of each signal of a layer
     'input': (1, 'input'), 'output': (0, 'output'), 'gate': (2, 'gate operand'), 'value': (1, 'value operand'),
     'product': (0, 'product'),
+}
+_KINDS: dict[str, dict[str, Any]] = {
+    'low': dict(color='#0072b2', linestyle='-'), 'high': dict(color='#d55e00', linestyle='--'),
 }
 _MOST_PANELS = 40
 
@@ -126,19 +135,23 @@ def plot_gain(layer: LayerSpectrum, ax: Any = None) -> Any:
     ax.semilogy(radii, gain, label='after / before', markersize=3, **_LINES[0])
     ax.fill_between(radii, low, high, color='gray', alpha=.4, label='95 % interval over images')
     ax.axhline(1, color='gray', linewidth=.8, label='gain 1')
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import LogLocator
     ax.yaxis.set_major_formatter('{x:g}')
-    ax.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, .4)))
+    ax.yaxis.set_minor_locator(LogLocator(subs=(2, 5)))
+    ax.yaxis.set_minor_formatter('{x:g}')
     ax.grid(alpha=.3)
     return ax
 
 
 def plot_log_amplitude(models: Mapping[str, Sequence[LogAmplitude]], ax: Any = None) -> Any:
-    """Draw the relative log amplitude at the corner of the spectrum by depth, one line per model."""
+    """Draw the relative log amplitude at the corner of the spectrum by depth with 95 % intervals, a line per model."""
     ax = _own(ax)
     for i, (label, layers) in enumerate(models.items()):
-        ax.plot([layer.depth for layer in layers], [layer.high for layer in layers], label=label, markersize=4,
-                **_LINES[i % len(_LINES)])
+        style = _LINES[i % len(_LINES)]
+        depth = [layer.depth for layer in layers]
+        ax.plot(depth, [layer.high for layer in layers], label=label, markersize=4, **style)
+        low, high = zip(*((bound[-1].item() for bound in layer.interval()) for layer in layers), strict=True)
+        ax.fill_between(depth, low, high, color=style['color'], alpha=.15)
     ax.set_xlabel('depth (first to last block)')
     ax.set_ylabel('Δ log amplitude')
     ax.grid(alpha=.3)
@@ -190,16 +203,103 @@ def plot_radial_error(
 def plot_sensitivity(models: Mapping[str, Sensitivity], ax: Any = None) -> Any:
     """Draw each frequency's share of the energy of input gradients without their mean, with 95 % intervals."""
     ax = _own(ax)
+    smallest = math.inf
     for i, (label, found) in enumerate(models.items()):
         style = _LINES[i % len(_LINES)]
         modes = modes_per_bin(*found.size)
         middle, low, high = (values[1:] / modes[1:] for values in found.interval())
         _log_line(ax, middle, label=label, **style)
-        ax.fill_between(range(1, len(middle) + 1), low.clamp(min=1e-12), high, color=style['color'], alpha=.15)
+        smallest = min([smallest, *middle[middle > 0].tolist()])
+        ax.fill_between(range(1, len(middle) + 1), low.clamp(min=1e-30), high, color=style['color'], alpha=.15)
+    ax.set_ylim(bottom=smallest / 3)  # a bound of 0 has no place on a logarithmic axis
     ax.set_xlabel('radius (cycles/image)')
     ax.set_ylabel('share of gradient energy per frequency')
     ax.grid(alpha=.3)
     return ax
+
+
+def plot_scan(points: Sequence[ScanPoint], largest: int, ax: Any = None) -> Any:
+    """Draw the confidence in the answer to the whole image against the radius; where another is likelier, crosses.
+
+    Args:
+        points: From `scan_radii`.
+        largest: Largest radius, for the axis.
+        ax: Axes of matplotlib, by default new ones.
+    """
+    ax = _own(ax)
+    answer = next(point.answer for point in points if point.kind == 'raw')
+    for kind in ('low', 'high'):
+        found = sorted((p for p in points if p.kind == kind), key=lambda point: point.radius or 0)
+        style = _KINDS[kind]
+        ax.plot([p.radius for p in found], [100 * p.kept for p in found], label=f'{kind}-pass', linewidth=1.4, **style)
+        other = [p for p in found if p.answer != answer]
+        ax.plot([p.radius for p in other], [100 * p.kept for p in other], linestyle='', marker='x', markersize=3.5,
+                markeredgewidth=.8, color=style['color'])
+    ax.plot([], [], linestyle='', marker='x', markersize=3.5, color='black', label='another class is likelier')
+    radius_axis(ax, largest)
+    ax.set_ylim(-4, 104)
+    ax.set_ylabel('confidence (%)', fontsize=9)
+    ax.grid(alpha=.3)
+    return ax
+
+
+def plot_image_spectrum(image: torch.Tensor, ax: Any = None, *, radii: Sequence[float] = ()) -> Any:
+    """Draw the power per frequency of an image (C, H, W), the mean over its channels, and a line at each radius."""
+    ax = _own(ax)
+    power = (radial_power_spectrum(image.detach().float().cpu()).mean(0) / modes_per_bin(*image.shape[-2:]))[1:]
+    power = torch.where(power > 1e-12 * power.max(), power, math.nan)  # rounding errors are no power
+    ax.semilogy(range(1, len(power) + 1), power, color='black', linewidth=1.2)
+    radius_axis(ax, len(power))
+    for radius in radii:
+        ax.axvline(radius, color='gray', linestyle='--', linewidth=.8)
+        ax.text(radius, .99, f'{radius:g}', transform=ax.get_xaxis_transform(), fontsize=8, ha='right', va='top')
+    ax.set_title('power per frequency', fontsize=10)
+    ax.set_ylabel('mean square of pixels', fontsize=9)
+    ax.tick_params(labelsize=8)
+    ax.grid(alpha=.3)
+    return ax
+
+
+def radius_axis(ax: Any, largest: int) -> None:
+    """A horizontal axis of radii from 0 on that gives the small ones room, logarithmic beyond the first ones."""
+    import numpy as np
+    ax.set_xscale('function', functions=(np.log1p, np.expm1))
+    ticks = [0, *(2 ** k for k in range(int(math.log2(max(1, largest))) + 1))]
+    ax.set_xticks(ticks, [str(tick) for tick in ticks])
+    ax.set_xticks([], minor=True)
+    ax.set_xlim(0, largest)
+    ax.set_xlabel('radius (cycles/image)', fontsize=9)
+    ax.tick_params(labelsize=8)
+
+
+def band_title(band: Band) -> str:
+    """What frequencies a picture has, for its title."""
+    return band.kind if band.radius is None else f'{band.kind}, r = {str(band).partition(" ")[2]}'
+
+
+def displayable(pixels: torch.Tensor, kind: str) -> tuple[Any, str]:
+    """Pixels as matplotlib and PIL take them, 0…1, and a note for the title.
+
+    Images without their mean are drawn around mid-grey, and stretched. Of other than one or three channels, the first
+    ones are drawn.
+
+    Args:
+        pixels: Pixels (C, H, W), 0…1 for a raw picture.
+        kind: Kind of the band.
+
+    Returns:
+        Array (H, W) or (H, W, 3), and the note.
+    """
+    pixels = pixels.detach().float().cpu()
+    note = ''
+    if kind in ('high', 'band-pass'):
+        deviation = pixels - pixels.mean((-2, -1), keepdim=True)
+        largest = deviation.abs().flatten().quantile(.995).item()
+        factor = .5 / largest if largest > 1e-6 else 1.
+        pixels = .5 + factor * deviation
+        note = f' (contrast × {factor:.1f})'
+    pixels = pixels.clamp(0, 1)
+    return (pixels[0] if len(pixels) < 3 else pixels[:3].permute(1, 2, 0)).numpy(), note
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
@@ -281,7 +381,7 @@ def draw_layers(layers: Sequence[LayerSpectrum], title: str = '', *, gain: bool 
         sizes = list(dict.fromkeys(f'{h}×{w}' for h, w in (signal.size for signal in layer.signals.values())))
         axis.set_title(f'{layer.name or "model"} ({" → ".join(sizes)})', fontsize=9)
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.tick_params(labelsize=8)
+        axis.tick_params(which='both', labelsize=8)
     for axis in flat[len(drawn):]:
         axis.axis('off')
     for row in axes:
@@ -314,19 +414,40 @@ def draw_heatmaps(
         title: str = '',
         chance: float | None = None,
 ) -> Any:
-    """Heat maps, a row per model and a column per amplitude with one colour scale, and their radial summaries."""
+    """Heat maps with one colour scale, and the mean by radius.
+
+    At one amplitude, a panel per model and one for their means by radius. At several, a row per model and a column per
+    amplitude, and in each row its means by radius.
+
+    Args:
+        models: Points by label and amplitude.
+        title: Title of the figure.
+        chance: Error at chance in percent.
+    """
     amplitudes = list(dict.fromkeys(a for by_amplitude in models.values() for a in by_amplitude))
-    figure, axes = _figure(len(models), len(amplitudes) + 1, 3.5, 3.1)
     top = max(point.error for found in models.values() for points in found.values() for point in points)
-    for row, (label, found) in zip(axes, models.items()):
-        for axis, amplitude in zip(row, amplitudes):
-            plot_heatmap(found.get(amplitude, []), axis, vmax=max(top, 1.))
-            axis.set_title(f'{label}, amplitude {amplitude:g}', fontsize=10)
-        plot_radial_error({f'amplitude {a:g}': points for a, points in found.items()}, row[-1], chance=chance)
-        row[-1].set_ylim(0, 1.05 * max(top, chance or 0, 1.))
-        row[-1].set_title(f'{label}, mean by radius', fontsize=10)
-    figure.colorbar(axes[0][0].images[-1], ax=[axis for row in axes for axis in row[:-1]], label='error (%)', shrink=.8)
-    return _with_legend(figure, title, axes[0][-1])
+    if len(amplitudes) == 1:
+        columns = min(3, len(models) + 1)
+        figure, axes = _figure(math.ceil((len(models) + 1) / columns), columns, 3.6, 3.1)
+        maps, radial = list(axes.flat[:len(models)]), [axes.flat[len(models)]]
+        for axis in axes.flat[len(models) + 1:]:
+            axis.axis('off')
+        by_panel = [{label: found[amplitudes[0]] for label, found in models.items()}]
+        names = [f'amplitude {amplitudes[0]:g}, mean by radius']
+    else:
+        figure, axes = _figure(len(models), len(amplitudes) + 1, 3.5, 3.1)
+        maps, radial = list(axes[:, :-1].flat), list(axes[:, -1])
+        by_panel = [{f'amplitude {a:g}': points for a, points in found.items()} for found in models.values()]
+        names = [f'{label}\nmean by radius' for label in models]
+    for axis, (label, amplitude) in zip(maps, itertools.product(models, amplitudes), strict=True):
+        plot_heatmap(models[label].get(amplitude, []), axis, vmax=max(top, 1.))
+        axis.set_title(label if len(amplitudes) == 1 else f'{label}\namplitude {amplitude:g}', fontsize=10)
+    for axis, lines, name in zip(radial, by_panel, names, strict=True):
+        plot_radial_error(lines, axis, chance=chance)
+        axis.set_ylim(0, 1.05 * max(top, chance or 0, 1.))
+        axis.set_title(name, fontsize=10)
+    figure.colorbar(maps[0].images[-1], ax=maps, label='error (%)', shrink=.8)
+    return _with_legend(figure, title, radial[0])
 
 
 def draw_sensitivity(models: Mapping[str, Sensitivity], title: str = '') -> Any:
@@ -416,28 +537,80 @@ def draw_learning(runs: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def draw_image_panel(
-        parts: Sequence[tuple[str, float | None, torch.Tensor]],
+        parts: Sequence[tuple[Band, torch.Tensor]],
         answers: Sequence[Sequence[tuple[str, float]]],
         title: str = '',
 ) -> Any:
-    """A picture, its low-pass images above its high-pass images, and what a model says of each.
+    """A picture and its spectrum, a row for each kind of band beside them, and what a model says of each.
 
     Args:
-        parts: Band, radius and pixels (C, H, W) of each image, 0…1 for the raw picture, raw first.
+        parts: Bands and their pixels (C, H, W), 0…1 for the raw picture, raw first.
         answers: For each image class and confidence (0…1), most confident first.
         title: Title of the figure.
     """
-    radii = [radius for band, radius, _ in parts if band == 'low']
-    figure, axes = _figure(2, 1 + len(radii), 2.7, 3.3)
-    for (band, radius, pixels), lines in zip(parts, answers, strict=True):
-        axis = axes[1 if band == 'high' else 0][0 if radius is None else radii.index(radius) + 1]
-        shown, note = _displayable(pixels, band)
+    kinds = [kind for kind in BANDS if any(band.kind == kind for band, _ in parts)]
+    columns = {kind: [band for band, _ in parts if band.kind == kind] for kind in kinds}
+    rows = max(2, len(kinds))
+    figure, axes = _figure(rows, 1 + max(map(len, columns.values()), default=0), 2.7, 3.1 + .06 * len(answers[0]))
+    for (band, pixels), lines in zip(parts, answers, strict=True):
+        axis = axes[0][0] if band.radius is None else axes[kinds.index(band.kind)][columns[band.kind].index(band) + 1]
+        shown, note = displayable(pixels, band.kind)
         axis.imshow(shown, cmap='gray', vmin=0, vmax=1)
-        axis.set_title('raw' if radius is None else f'{band}, r = {radius:g}{note}', fontsize=10)
+        axis.set_title(band_title(band) + note, fontsize=10)
         axis.set_xlabel('\n'.join(f'{name} {100 * confidence:.0f} %' for name, confidence in lines), fontsize=9)
         axis.set_xticks([])
         axis.set_yticks([])
-    _draw_spectrum(axes[1][0], parts[0][2], radii)
+    plot_image_spectrum(parts[0][1], axes[1][0], radii=sorted({band.radius for band, _ in parts if band.radius}))
+    for axis in axes.flat:
+        if not axis.has_data():
+            axis.axis('off')
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def draw_scan(points: Mapping[str, Sequence[ScanPoint]], largest: int, title: str = '') -> Any:
+    """Confidence in the answer to the whole image against the radius, a panel per model.
+
+    Args:
+        points: What `scan_radii` has found so far, by label.
+        largest: Largest radius, for the axis.
+        title: Title of the figure.
+    """
+    figure, axes = _figure(len(points), 1, 5., 2.3)
+    for axis, (label, found) in zip(axes[:, 0], points.items(), strict=True):
+        plot_scan(found, largest, axis)
+        axis.set_title(label, fontsize=10)
+    return _with_legend(figure, title, *axes[:, 0])
+
+
+def draw_image_spectrum(image: torch.Tensor, title: str = '') -> Any:
+    """The spectrum of an image (C, H, W) in a figure of its own."""
+    figure, axes = _figure(1, 1, 5., 2.6)
+    plot_image_spectrum(image, axes[0][0])
+    figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def draw_maps(maps: Mapping[str, torch.Tensor], channels: Sequence[int], title: str = '') -> Any:
+    """Maps of a layer: a row per signal with one colour scale, a column per channel.
+
+    Args:
+        maps: Maps (C, H, W) by name of the signal.
+        channels: Which ones to draw.
+        title: Title of the figure.
+    """
+    figure, axes = _figure(len(maps), len(channels), 1.15, 1.25)
+    for row, (name, signal) in zip(axes, maps.items(), strict=True):
+        shown = [signal[channel].float().cpu() for channel in channels if channel < len(signal)]
+        low, high = min(x.min().item() for x in shown), max(x.max().item() for x in shown)
+        for axis, channel, x in zip(row, channels, shown, strict=False):
+            image = axis.imshow(x, vmin=low, vmax=high, cmap='viridis', interpolation='nearest')
+            axis.set_title(f'channel {channel}', fontsize=8)
+        for axis in row:
+            axis.set_xticks([])
+            axis.set_yticks([])
+        row[0].set_ylabel(_SIGNALS[name][1], fontsize=9)
+        figure.colorbar(image, ax=list(row), pad=.01).ax.tick_params(labelsize=7)
     figure.suptitle(title, fontsize=11)
     return figure
 
@@ -457,6 +630,15 @@ def save_figure(figure: Any, path: Path, force: bool = True) -> None:
         raise UserError(f'Cannot write {path}: {e}') from e
 
 
+def figure_svg(figure: Any, crop: bool = True) -> str:
+    """A figure as the text of an SVG file, with fonts as text; `crop` takes off margins and adds what sticks out."""
+    import matplotlib
+    text = io.StringIO()
+    with matplotlib.rc_context({'svg.fonttype': 'none'}):
+        figure.savefig(text, format='svg', bbox_inches='tight' if crop else None)
+    return text.getvalue()
+
+
 def _own(ax: Any) -> Any:
     if ax is not None:
         return ax
@@ -468,34 +650,6 @@ def _own(ax: Any) -> Any:
 def _log_line(ax: Any, values: torch.Tensor, **style: Any) -> None:
     values = torch.where(values > 1e-12 * values.nan_to_num(0.).max(), values, math.nan)  # rounding errors are no power
     ax.semilogy(range(1, len(values) + 1), values, **{'markersize': 3, **style})
-
-
-def _displayable(pixels: torch.Tensor, band: str) -> tuple[Any, str]:
-    """Pixels as matplotlib takes them. High-pass images have no mean: they are drawn around mid-grey, and stretched."""
-    pixels = pixels.detach().float().cpu()
-    note = ''
-    if band == 'high':
-        deviation = pixels - pixels.mean((-2, -1), keepdim=True)
-        largest = deviation.abs().flatten().quantile(.995).item()
-        factor = .5 / largest if largest > 0 else 1.
-        pixels = .5 + factor * deviation
-        note = f' (contrast × {factor:.1f})'
-    pixels = pixels.clamp(0, 1)
-    return (pixels[0] if len(pixels) == 1 else pixels.permute(1, 2, 0)).numpy(), note
-
-
-def _draw_spectrum(axis: Any, image: torch.Tensor, radii: Sequence[float | None]) -> None:
-    power = radial_power_spectrum(image.detach().float().cpu()).mean(0) / modes_per_bin(*image.shape[-2:])
-    axis.loglog(range(1, len(power)), power[1:], color='black')
-    for radius in radii:
-        if radius:
-            axis.axvline(radius, color='gray', linestyle='--', linewidth=.8)
-            axis.text(
-                radius, .99, f'{radius:g}', transform=axis.get_xaxis_transform(), fontsize=8, ha='right', va='top')
-    axis.set_title('power per frequency', fontsize=10)
-    axis.set_xlabel('radius (cycles/image)', fontsize=9)
-    axis.set_ylabel('mean square of pixels', fontsize=9)
-    axis.tick_params(labelsize=8)
 
 
 def _figure(rows: int, columns: int, width: float, height: float, **kwargs: Any):

@@ -4,6 +4,8 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
+from gmnet_timm.frequency.processes import is_first
+
 T = TypeVar('T')
 
 SECONDS = 10.  # between two lines
@@ -16,9 +18,9 @@ def progress(items: Iterable[T], title: str, unit: str, *, show: bool = True) ->
         items: What is worked through, with or without a length.
         title: What is done, for the start of the line.
         unit: What an item is.
-        show: False for silence.
+        show: False for silence. Of several processes only the first one says it.
     """
-    if not show or sys.stderr is None:
+    if not show or sys.stderr is None or not is_first():
         yield from items
     elif sys.stderr.isatty():
         from tqdm import tqdm  # comes with huggingface_hub

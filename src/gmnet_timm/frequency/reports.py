@@ -8,7 +8,7 @@ from typing import Any
 
 from gmnet_timm.files import write_text
 
-__all__ = ['format_table', 'read_csv', 'write_csv', 'write_json']
+__all__ = ['csv_text', 'format_table', 'read_csv', 'write_csv', 'write_json']
 
 
 def format_table(reports: Sequence[dict[str, Any]]) -> str:
@@ -64,14 +64,19 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def write_csv(rows: Sequence[dict[str, Any]], path: Path, force: bool = True) -> None:
-    """Write rows, the columns of the first one first. The file is complete or the old one at any time."""
+def csv_text(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as the text of a CSV file, the columns of the first one first."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
     text = io.StringIO(newline='')
     writer = csv.DictWriter(text, columns)
     writer.writeheader()
     writer.writerows(rows)
-    write_text(path, text.getvalue(), force=force)
+    return text.getvalue()
+
+
+def write_csv(rows: Sequence[dict[str, Any]], path: Path, force: bool = True) -> None:
+    """Write rows, the columns of the first one first. The file is complete or the old one at any time."""
+    write_text(path, csv_text(rows), force=force)
 
 
 def write_json(data: Any, path: Path, force: bool = True) -> None:

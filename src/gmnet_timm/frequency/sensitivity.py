@@ -9,6 +9,7 @@ from torch import nn
 
 from gmnet_timm.errors import UserError
 from gmnet_timm.frequency.bands import check_labels, logits_of
+from gmnet_timm.frequency.processes import gathered, interleaved
 from gmnet_timm.frequency.progress import progress
 from gmnet_timm.frequency.split import modes_per_bin, radial_power_spectrum
 
@@ -68,6 +69,8 @@ def input_sensitivity(
 ) -> Sensitivity:
     """Radial power spectrum of the gradients of a classifier with respect to its images.
 
+    With an initialised process group each process gives a part of the images, and all get the numbers of the whole.
+
     Args:
         model: A classifier in evaluation mode.
         loader: Batches of normalised images (B, C, H, W) and labels (B,).
@@ -96,6 +99,7 @@ def input_sensitivity(
         pixels = gradient / gradient.new_tensor(std).view(-1, 1, 1)
         spectra.append(radial_power_spectrum(pixels, window).mean(1).double().cpu())
         size = (images.shape[-2], images.shape[-1])
-    if not spectra:
+    parts = [part for part in gathered((size, spectra)) if part[1]]
+    if not parts:
         raise UserError('There is no image to look at.')
-    return Sensitivity(size, torch.cat(spectra))
+    return Sensitivity(parts[0][0], interleaved([torch.cat(part) for _, part in parts]))

@@ -16,8 +16,8 @@ import torch
 from gmnet_timm.errors import UserError
 
 __all__ = [
-    'check_corner', 'check_radii', 'frequency_bands', 'modes_per_bin', 'num_radial_bins', 'radial_power_spectrum',
-    'split_frequencies',
+    'check_corner', 'check_radii', 'frequency_bands', 'largest_radius', 'modes_per_bin', 'num_radial_bins',
+    'radial_power_spectrum', 'spectrum_of', 'split_frequencies',
 ]
 
 
@@ -57,7 +57,12 @@ def restore(x: torch.Tensor, images: torch.Tensor, keep_dc: bool, restore_contra
     return x + images.mean((-2, -1), keepdim=True) if keep_dc else x
 
 
-def frequency_bands(images: torch.Tensor, radii: Sequence[float], edge_width: float = 0.) -> list[torch.Tensor]:
+def frequency_bands(
+        images: torch.Tensor,
+        radii: Sequence[float],
+        edge_width: float = 0.,
+        spectrum: torch.Tensor | None = None,
+) -> list[torch.Tensor]:
     """Split images into bands of frequencies that sum to the image.
 
     Args:
@@ -65,6 +70,7 @@ def frequency_bands(images: torch.Tensor, radii: Sequence[float], edge_width: fl
         radii: Increasing outer radii of all bands but the last, in cycles per image.
         edge_width: Width of the raised-cosine edge between two bands, centred at the radius, in cycles per image. 0 is
             the paper's hard edge, whose filters ring.
+        spectrum: From `spectrum_of(images)`, where they are split more than once.
 
     Returns:
         One more band than radii, each (..., H, W): up to the first radius, between each two, beyond the last.
@@ -77,12 +83,17 @@ def frequency_bands(images: torch.Tensor, radii: Sequence[float], edge_width: fl
         raise UserError(f'The width of the edge must be 0 or more cycles per image, got {edge_width}.')
     x = _as_float(images)
     size = (x.shape[-2], x.shape[-1])
-    spectrum = torch.fft.rfft2(x)
+    spectrum = spectrum_of(x) if spectrum is None else spectrum
     squares = _squared_radii(*size, x.device)
     masks = [_low_pass_mask(squares, radius, edge_width).to(x.dtype) for radius in radii]
     inner = [torch.zeros_like(squares, dtype=x.dtype), *masks]
     outer = [*masks, torch.ones_like(squares, dtype=x.dtype)]
     return [torch.fft.irfft2(spectrum * (b - a), s=size).to(images.dtype) for a, b in zip(inner, outer, strict=True)]
+
+
+def spectrum_of(images: torch.Tensor) -> torch.Tensor:
+    """The half of the DFT that real images (..., H, W) have, (..., H, W // 2 + 1), for `frequency_bands`."""
+    return torch.fft.rfft2(_as_float(images))
 
 
 def _low_pass_mask(squares: torch.Tensor, radius: float, edge_width: float) -> torch.Tensor:
@@ -120,7 +131,8 @@ def power_spectrum(x: torch.Tensor, window: str | None = None) -> torch.Tensor:
         mean = x.mean((-2, -1), keepdim=True)
         x = (x - mean) * _hann(x.shape[-2], x.shape[-1], x.device).to(x.dtype)
     spectrum = torch.fft.rfft2(x, norm='forward')
-    power = spectrum.real.square() + spectrum.imag.square()
+    squares = torch.view_as_real(spectrum).square_()  # in place, which is several times as fast
+    power = squares[..., 0] + squares[..., 1]
     if mean is not None:
         power[..., :1, :1] += mean.square()
     return power
@@ -136,7 +148,12 @@ def bin_power(power: torch.Tensor, height: int, width: int) -> torch.Tensor:
 
 def num_radial_bins(height: int, width: int) -> int:
     """Number of bins of `radial_power_spectrum` for a size: the mean, then one per cycle up to the corner."""
-    return int((((height // 2) ** 2 + (width // 2) ** 2) ** .5) + .5) + 1
+    return int(_corner(height, width) + .5) + 1
+
+
+def _corner(height: int, width: int) -> float:
+    """Radius of the corner of the spectrum, the largest there is."""
+    return ((height // 2) ** 2 + (width // 2) ** 2) ** .5
 
 
 def modes_per_bin(height: int, width: int) -> torch.Tensor:
@@ -170,12 +187,17 @@ def check_radii(radii: Sequence[float]) -> None:
 def check_corner(radii: Sequence[float], input_size: Sequence[int]) -> None:
     """Raise UserError for radii that would leave a low-pass or high-pass image of this size empty."""
     height, width = input_size[-2:]
-    corner = ((height // 2) ** 2 + (width // 2) ** 2) ** .5
+    corner = _corner(height, width)
     beyond = [radius for radius in radii if not 0 <= radius < corner]
     if beyond:
         raise UserError(
             f'Radii must be from 0 to below {corner:.1f} cycles per image, the corner of the spectrum of a '
             f'{height}x{width} image, got {", ".join(f"{radius:g}" for radius in beyond)}.')
+
+
+def largest_radius(input_size: Sequence[int]) -> int:
+    """The largest whole radius that `check_corner` takes for images (…, H, W)."""
+    return math.ceil(_corner(*input_size[-2:])) - 1
 
 
 def _cached_by_size(fn):

@@ -30,7 +30,7 @@ from timm.layers import get_act_layer
 from gmnet_timm.errors import UserError
 from gmnet_timm.frequency.extras import require_scipy
 from gmnet_timm.frequency.gaussian import power_law, predict_pointwise
-from gmnet_timm.frequency.spectra import LayerSpectrum, Signal
+from gmnet_timm.frequency.signals import LayerSpectrum, Signal
 from gmnet_timm.frequency.statistics import mean_interval
 from gmnet_timm.frequency.variants import Variant
 

@@ -1,78 +1,31 @@
-"""Follows a forward pass: which module runs, what is multiplied with what, and where in the image a feature lies.
-
-Positions are followed by computation, not guessed from shapes. Beside each tensor runs another one of its shape, whose
-entries are the rows and columns of the image that they stand for (row + i column). What moves data, such as a
-permutation or a window partition, moves the positions the same way. What maps channels (a linear layer, a 1x1
-convolution) hands them on, what shrinks or enlarges maps interpolates them, and what mixes positions without an order
-(a matrix over tokens) loses them. Attention hands on those of its queries. Where positions end up tells the layout of a
-tensor: maps with channels first or last, tokens with or without prefix, or windows.
-"""
+"""Follows a forward pass: which module runs, what is multiplied with what, and how each tensor is read as maps."""
 import contextlib
 import dataclasses
 import functools
-import math
-import re
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from gmnet_timm.errors import UserError
+from gmnet_timm.frequency.positions import MOVES, Layout, Positions
 
-__all__ = ['Layout', 'Product', 'Trace', 'first_tensor', 'stated_layout', 'trace', 'watch_modules']
+__all__ = ['FoundProduct', 'Product', 'Recorder', 'Trace', 'trace', 'watch_modules']
 
-_UNKNOWN = complex(math.nan, math.nan)
-_MOVES = {
-    'view', '_unsafe_view', 'reshape', '_reshape_alias', 'permute', 'transpose', 't', 'expand', 'unsqueeze', 'squeeze',
-    'select', 'slice', 'split', 'split_with_sizes', 'chunk', 'unbind', 'roll', 'flip', 'alias', 'detach', 'unfold',
-    'repeat', 'narrow', 'index_select', 'index', 'pixel_shuffle', 'pixel_unshuffle', 'channel_shuffle', 'movedim',
-    'flatten', 'unflatten', 'rot90', 'diagonal', 'reflection_pad2d', 'replication_pad2d',
+_ACTIVATIONS = {
+    'relu', 'relu6', 'gelu', 'silu', 'sigmoid', 'hardsigmoid', 'hardswish', 'tanh', 'hardtanh', 'clamp', 'clamp_min',
+    'clamp_max', 'leaky_relu', 'elu', 'softplus', 'mish', 'threshold', 'log_sigmoid_forward', 'erf', 'exp', 'selu',
+    'celu',
 }
-# by which argument is the first factor
-_MATMULS = {'mm': 0, 'bmm': 0, 'matmul': 0, 'linear': 0, 'addmm': 1, 'baddbmm': 1, '_addmm_activation': 1}
-_SPATIAL = re.compile(r'conv(olution|\d)|pool\dd|pool$|upsample')
-_LOSES_POSITIONS = re.compile(r'fft|sort|topk|gather|scatter|index_put|as_strided|cumsum')
-_ACTIVATIONS = re.compile(
-    r'^(relu|relu6|gelu|silu|sigmoid|hardsigmoid|hardswish|tanh|hardtanh|clamp|clamp_min|clamp_max|leaky_relu|elu|'
-    r'softplus|mish|threshold|log_sigmoid_forward|erf|exp|selu|celu)_?$')
-_REDUCTIONS = {'mean', 'sum', 'var', 'var_mean', 'std', 'linalg_vector_norm', 'amax', 'max'}
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """How a tensor is read as maps.
-
-    Attributes:
-        name: 'NCHW', 'NHWC', 'NLC' (tokens, channels last), 'NCL', or 'other', such as windows.
-        axes: Axes that hold positions, after the first one was split into images and the rest.
-        order: Which of the flattened positions stand in the map, row by row; None for all in their order.
-        size: (H, W) of the map.
-        per_image: Entries of the first axis per image, more than one for windows.
-    """
-
-    name: str
-    axes: tuple[int, ...]
-    order: torch.Tensor | None
-    size: tuple[int, int]
-    per_image: int = 1
-
-    def maps(self, x: torch.Tensor) -> torch.Tensor:
-        """Read a tensor as maps (B, C, H, W)."""
-        if self.name == 'NCHW':
-            return x
-        if self.per_image > 1:
-            x = x.unflatten(0, (-1, self.per_image))
-        x = x.movedim(self.axes, tuple(range(-len(self.axes), 0)))
-        x = x.flatten(x.dim() - len(self.axes))
-        x = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)
-        if self.order is not None:
-            x = x[..., self.order.to(x.device)]
-        return x.unflatten(-1, self.size)
+_ENTRY_BY_ENTRY = {
+    'clone', '_to_copy', 'alias', 'detach', 'permute', 'transpose', 'add', 'sub', 'rsub', 'mul', 'div', 'neg'}
+_FILLS = {'fill', 'zero', 'normal', 'uniform', 'bernoulli', 'random', 'exponential'}
+_REDUCTIONS = {'mean', 'sum'}
+_ROOTS = {'sqrt', 'rsqrt', 'pow'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,6 +52,28 @@ class Product:
     kind: str
 
 
+@dataclasses.dataclass(frozen=True)
+class FoundProduct:
+    """Where a model multiplies two tensors that both depend on its input.
+
+    Attributes:
+        kind: 'gate' where both operands have an entry per position and channel. 'attention' where one was broadcast,
+            such as the channel weights of squeeze-and-excitation, a map of attention, or the reciprocal standard
+            deviation of a norm. 'activation' for one that was read as a gate, on request.
+        shape: Of the product, for the input that the model was run on.
+        layouts: Of gate, value and product; None where it does not hold maps, or layouts were not looked for.
+    """
+
+    kind: str
+    shape: tuple[int, ...]
+    layouts: tuple[Layout | None, Layout | None, Layout | None] = (None, None, None)
+
+    @property
+    def is_gate(self) -> bool:
+        """Both operands have an entry per position and channel."""
+        return self.kind == 'gate'
+
+
 @dataclasses.dataclass
 class Trace:
     """What one forward pass did.
@@ -106,51 +81,61 @@ class Trace:
     Attributes:
         modules: Layout of what enters and leaves each call of a module, by its name ('#2' for the second call) and
             'input' or 'output'; None where it does not hold maps.
-        products: Kind and the layouts of gate, value and product, by the name of the product.
-        classes: Class of each called module by its name.
+        shapes: Shapes of the same.
+        same: By the same keys, the first key of the same tensor: what a block returns is what the next one takes.
+        products: Products by name.
+        classes: Each called module by its name.
+        images: Shape of the images of the pass.
     """
 
-    modules: dict[tuple[str, str], Layout | None]
-    products: dict[str, tuple[str, tuple[Layout | None, Layout | None, Layout | None]]]
-    classes: dict[str, nn.Module]
+    images: torch.Size
+    modules: dict[tuple[str, str], Layout | None] = dataclasses.field(default_factory=dict)
+    shapes: dict[tuple[str, str], torch.Size] = dataclasses.field(default_factory=dict)
+    same: dict[tuple[str, str], tuple[str, str]] = dataclasses.field(default_factory=dict)
+    products: dict[str, FoundProduct] = dataclasses.field(default_factory=dict)
+    classes: dict[str, nn.Module] = dataclasses.field(default_factory=dict)
 
 
-def trace(model: nn.Module, images: torch.Tensor, *, activations: bool = False) -> Trace:
+def trace(model: nn.Module, images: torch.Tensor, *, activations: bool = False, layouts: bool = True) -> Trace:
     """Run a model once, and note the layouts and products on the way. Nothing of the model is changed.
 
     Args:
         model: Any model that takes images; not what TorchScript made of one.
         images: Images (B, C, H, W), two are enough.
         activations: Note activations as products too.
+        layouts: Look for layouts. Without them, any input will do, also on the meta device.
 
     Raises:
         UserError: The model is a TorchScript module, which does not tell what it runs.
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise UserError('TorchScript does not tell which module runs: look at the model before scripting it.')
-    if len(images) == 1:  # two images tell the axis of the batch
+    if layouts and len(images) == 1:  # two images tell the axis of the batch
         images = images.expand(2, *images.shape[1:]).clone()
-    found = Trace({}, {}, {})
-    batch = len(images)
-    reduced: dict[str, str] = {}
+    positions = Positions(images) if layouts else None
+    found = Trace(images.shape)
+    first_key = WeakTensorKeyDictionary()
+
+    def layout(x: torch.Tensor) -> Layout | None:
+        return positions.layout(x) if positions is not None else None
 
     def on_product(product: Product) -> None:
-        operands = (product.gate, product.value, product.product)
-        layouts = [recorder.layout(x, batch) for x in operands]
+        gate, value, result = (layout(x) for x in (product.gate, product.value, product.product))
         if product.kind != 'attention':  # nothing is broadcast: what is known of one entry holds for all three
-            layouts = [next((layout for layout in layouts if layout is not None), None)] * 3
-        found.products[product.name] = product.kind, tuple(layouts)  # type: ignore[assignment]
+            gate = value = result = gate or value or result
+        found.products[product.name] = FoundProduct(product.kind, tuple(product.product.shape), (gate, value, result))
 
     def on_module(name: str, side: str, x: torch.Tensor) -> None:
-        found.modules[name, side] = recorder.layout(x, batch)
-        found.classes[name] = modules[name.partition('#')[0]]
+        found.modules[name, side], found.shapes[name, side] = layout(x), x.shape
+        key, version = first_key.setdefault(x, ((name, side), _version(x)))
+        found.same[name, side] = key if version == _version(x) else (name, side)
+        found.classes[name] = recorder.modules[name.partition('#')[0]]
 
-    modules = dict(model.named_modules())
-    recorder = Recorder(images, on_product, positions=True, activations=activations, reduced=reduced)
-    with torch.no_grad(), watch_modules(model, list(modules), on_module, recorder.running), recorder:
+    recorder = Recorder(model, on_product, activations=activations)
+    with torch.no_grad(), recorder.hooked(on_module), recorder.watch(images, positions):
         model(images)
-    for name in reduced:  # x * x for a mean square is a statistic
-        found.products.pop(name, None)
+    for name in recorder.statistics():
+        del found.products[name]
     return found
 
 
@@ -166,7 +151,7 @@ def watch_modules(
     Args:
         model: The model.
         names: Names of modules.
-        on_module: Takes the name ('#2' for the second call since the block began), 'input' or 'output', and the tensor.
+        on_module: Takes the name ('#2' for the second call in a pass), 'input' or 'output', and the tensor.
         running: Stack that takes the names of the modules that run.
     """
     modules = dict(model.named_modules())
@@ -176,14 +161,14 @@ def watch_modules(
         calls[name] = calls.get(name, 0) + 1
         if running is not None:
             running.append(name)
-        x = first_tensor((args, kwargs))
+        x = _first_floats((args, kwargs))
         if x is not None:  # looked at before the module runs, which may work in place
             on_module(_numbered(name, calls[name]), 'input', x)
 
     def leave(name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         if running is not None:
             running.pop()
-        x = first_tensor(output)
+        x = _first_floats(output)
         if x is not None:
             on_module(_numbered(name, calls[name]), 'output', x)
 
@@ -202,342 +187,246 @@ def watch_modules(
         yield
 
 
-def first_tensor(x: Any) -> torch.Tensor | None:
-    """The first floating point tensor in nested arguments or outputs."""
-    return next((leaf for leaf in tree_leaves(x) if isinstance(leaf, torch.Tensor) and leaf.is_floating_point()), None)
+def _tensors(x: Any) -> Iterator[torch.Tensor]:
+    """Tensors in nested arguments or outputs, in their order."""
+    if isinstance(x, torch.Tensor):
+        yield x
+    elif isinstance(x, (tuple, list)):
+        for part in x:
+            yield from _tensors(part)
+    elif isinstance(x, dict):
+        for part in x.values():
+            yield from _tensors(part)
 
 
-def stated_layout(name: str, shape: torch.Size, images: torch.Size, prefix: int = 0) -> Layout:
-    """The layout that a user states for a tensor.
-
-    Args:
-        name: 'NCHW', 'NHWC', 'NLC' or 'NCL'.
-        shape: Shape of the tensor.
-        images: Shape (B, C, H, W) of the images that it was computed from.
-        prefix: Tokens before the patches, such as a class token.
-
-    Raises:
-        UserError: The tensor cannot have this layout.
-    """
-    if len(shape) != len(name) or shape[0] != images[0]:
-        raise UserError(f'A tensor of shape {tuple(shape)} does not have the layout {name}.')
-    if len(name) == 4:
-        axes = (name.index('H'), name.index('W'))
-        return Layout(name, axes, None, (shape[axes[0]], shape[axes[1]]))
-    axis = name.index('L')
-    count = shape[axis] - prefix
-    height = max(1, round(math.sqrt(max(count, 1) * images[2] / images[3])))
-    if count < 1 or count % height:
-        raise UserError(
-            f'{count} tokens without {prefix} prefix tokens do not fill the grid of a {images[2]}x{images[3]} image.')
-    return Layout(name, (axis,), torch.arange(prefix, shape[axis]), (height, count // height))
+def _first_floats(x: Any) -> torch.Tensor | None:
+    return next((tensor for tensor in _tensors(x) if tensor.is_floating_point()), None)
 
 
 @dataclasses.dataclass
 class _Note:
-    """What is known of a tensor that depends on the image."""
+    """What is known of a tensor that depends on the image.
 
-    positions: torch.Tensor | None = None
-    function: Callable[[torch.Tensor], torch.Tensor] | None = None  # the activation that returned it
-    pre: torch.Tensor | None = None  # what the activation took
-    product: str | None = None
+    Attributes:
+        function: The activation that returned it.
+        pre: What that activation took.
+        version: Of `pre`, which may be overwritten later.
+        repeated: It was broadcast along an axis, and may have been copied since.
+        square: Name of the product of something with itself that it is.
+        mean_of: Name of such a product that it is a mean of.
+    """
+
+    function: Callable[[torch.Tensor], torch.Tensor] | None = None
+    pre: torch.Tensor | None = None
+    version: int = 0
+    repeated: bool = False
+    square: str | None = None
+    mean_of: str | None = None
 
 
 class Recorder(TorchDispatchMode):
-    """Watches the operations of one forward pass.
+    """Watches the operations of forward passes, and calls back with each product.
+
+    Found are `mul`, `square`, `pow` by 2, `glu`, the products within `addcmul` and `lerp`, in place or not, and what
+    torch writes as one of them, such as an einsum without a sum. Not found are a quotient, the logarithm of a product,
+    and what is computed within one kernel: matrix products, attention, an activation like SiLU.
 
     Args:
-        images: What the model takes.
+        model: Any model that takes images.
         on_product: Called with each product.
-        positions: Follow positions.
         activations: Report activations as products.
-        reduced: Takes the names of products whose only use is a statistic.
     """
 
-    def __init__(
-            self,
-            images: torch.Tensor,
-            on_product: Callable[[Product], None],
-            *,
-            positions: bool = False,
-            activations: bool = False,
-            reduced: dict[str, str] | None = None,
-    ):
+    def __init__(self, model: nn.Module, on_product: Callable[[Product], None], *, activations: bool = False):
         super().__init__()
+        self.model = model
+        self.modules = dict(model.named_modules())
         self.on_product = on_product
         self.activations = activations
-        self.reduced = reduced
-        self.paused = False  # while the watcher itself computes
+        self.positions: Positions | None = None
         self.running: list[str] = []
+        self.finished: list[str] = []
         self.calls: dict[str, int] = {}
         self.notes = WeakTensorKeyDictionary()
-        self.follow = positions
-        self.reach = max(images.shape[-2:]) / 2  # positions this far apart are not summed into one
-        self.notes[images] = _Note(_image_positions(images) if positions else None)
+        self.roots: set[str] = set()  # squares whose mean a root was taken of
+        self.used: set[str] = set()  # squares with another use than a mean
+
+    def hooked(
+            self,
+            on_module: Callable[[str, str, torch.Tensor], None],
+            wanted: Container[tuple[str, str]] | None = None,
+    ) -> contextlib.AbstractContextManager[None]:
+        """Hooks on all modules, which tell which one runs.
+
+        Args:
+            on_module: As for `watch_modules`.
+            wanted: Names and sides to call it for, None for all.
+        """
+        def note(name: str, side: str, x: torch.Tensor) -> None:
+            if side == 'output':
+                self.finished = [*self.finished[-1:], name.partition('#')[0]]
+            if wanted is None or (name, side) in wanted:
+                with _disable_current_modes():  # what the watcher itself computes
+                    on_module(name, side, x)
+
+        return watch_modules(self.model, list(self.modules), note, self.running)
 
     @contextlib.contextmanager
-    def pause(self) -> Iterator[None]:
-        """Do not watch what the block computes."""
-        self.paused = True
-        try:
+    def watch(self, images: torch.Tensor, positions: Positions | None = None) -> Iterator[None]:
+        """Watch one pass of these images, and follow positions."""
+        self.positions = positions
+        for seen in (self.running, self.finished, self.calls, self.roots, self.used):
+            seen.clear()
+        self.notes = WeakTensorKeyDictionary()
+        self.notes[images] = _Note()
+        with self:
             yield
-        finally:
-            self.paused = False
 
-    def layout(self, x: torch.Tensor, batch: int) -> Layout | None:
-        """Layout of a tensor of the pass, None where it does not hold maps."""
-        note = self.notes.get(x)
-        return None if note is None or note.positions is None else find_layout(note.positions, batch)
+    def statistics(self) -> set[str]:
+        """Names of squares that only go into a mean and then into a root, as in RMSNorm: no gates."""
+        return self.roots - self.used
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor) and x in self.notes]
-        if not inputs or self.paused:
-            return func(*args, **kwargs)
+        inputs = [x for x in _tensors((args, kwargs)) if x in self.notes]
         name = func.overloadpacket.__name__
-        # an operation in place replaces what was noted of its tensor
+        if not inputs or name.endswith('_like') or name.startswith('new_'):  # takes the shape alone
+            return func(*args, **kwargs)
+        in_place, name = name.endswith('_'), name.rstrip('_')
+        if in_place and (name in _FILLS or name == 'copy' and args[1] not in self.notes) and len(inputs) == 1:
+            self.notes.pop(args[0])  # constant from now on
+            if self.positions is not None:
+                self.positions.known.pop(args[0], None)
+            return func(*args, **kwargs)
         notes = [self.notes[x] for x in inputs]
-        before = [x.clone() if name in ('mul_',) else x for x in inputs]
+        factors = self._factors(name, args, in_place)
+        taken = inputs[0].clone() if in_place and self.activations and name in _ACTIVATIONS else inputs[0]
         output = func(*args, **kwargs)
-        if name.endswith('_like') or name.startswith('new_'):  # takes the shape alone
-            return output
-        positions = self._positions(func, name, args, kwargs, output) if self.follow else None
-        outputs = [x for x in tree_leaves(output) if isinstance(x, torch.Tensor)]
-        for i, x in enumerate(outputs):
-            self.notes[x] = _Note(positions[i] if positions is not None else None)
-        if name == 'copy_' and args[0]._base is not None:
-            self._note_written(args[0], args[0]._base)
-        if self.reduced is not None:
-            self._note_uses(name, notes)
-        if len(outputs) == 1:
-            self._note_products(func, name, args, kwargs, before, notes, outputs[0])
+        outputs = list(_tensors(output))
+        if self.positions is not None:
+            self.positions.follow(func, name + '_' * in_place, args, kwargs, outputs)
+        new = self._note(name, args, inputs, notes, outputs)
+        if name in MOVES and len(inputs) == len(outputs) == 1 and _is_current(notes[0]):
+            new.function, new.pre = notes[0].function, func(notes[0].pre, *args[1:], **kwargs)
+            new.version = _version(new.pre)
+        for x in outputs:
+            self.notes[x] = new if len(outputs) == 1 else dataclasses.replace(new)
+        if in_place and args[0]._base is not None:
+            self._written(args[0], args[0]._base)
+        if len(outputs) == 1 and outputs[0].is_floating_point():
+            if factors is not None:
+                self._report(*factors, outputs[0], is_output=name not in ('addcmul', 'lerp'))
+            elif len(inputs) == 1 and name in _ACTIVATIONS and outputs[0].shape == inputs[0].shape:
+                self._note_activation(name, args, kwargs, taken, in_place, outputs[0])
         return output
 
-    def _note_products(self, func, name, args, kwargs, inputs, notes, output) -> None:
-        if name in ('mul', 'mul_') and len(inputs) == 2:
-            self._report(inputs, notes, output)
-        elif name == 'pow' and len(inputs) == 1 and len(args) == 2 and args[1] == 2 or name == 'square':
-            self._report(inputs * 2, notes * 2, output)
+    def _note(self, name: str, args: tuple, inputs: list[torch.Tensor], notes: list[_Note], outputs: list) -> _Note:
+        """What an operation hands on."""
+        new = _Note()
+        if name in ('expand', 'repeat', 'repeat_interleave') or 'upsample' in name:
+            new.repeated = _was_one(inputs[0].shape, outputs[0].shape)
+        elif name in _ENTRY_BY_ENTRY or name in _ACTIVATIONS:
+            new.repeated = all(note.repeated for note in notes)
+        for note in notes:
+            if note.square is not None and name in MOVES:
+                new.square = note.square
+            elif note.square is not None and name in _REDUCTIONS:
+                new.mean_of = note.square
+            elif note.square is not None:
+                self.used.add(note.square)
+            elif note.mean_of is not None and name in _ROOTS and (name != 'pow' or args[1] in (.5, -.5)):
+                self.roots.add(note.mean_of)
+            elif note.mean_of is not None and len(notes) == 1:
+                new.mean_of = note.mean_of
+        return new
+
+    def _factors(self, name: str, args: tuple, in_place: bool) -> list[tuple[torch.Tensor, _Note]] | None:
+        """The two tensors that an operation multiplies entry by entry, None where it does not."""
+        if name == 'mul':
+            factors = args[:2]
+        elif name == 'square' or (name == 'pow' and args[1] == 2):
+            factors = (args[0], args[0])
+        elif name == 'addcmul':
+            factors = args[1:3]
+        elif name == 'lerp':
+            factors = (args[2], args[1] if args[1] in self.notes else args[0])
         elif name == 'glu':
-            value, x = inputs[0].chunk(2, args[1] if len(args) > 1 else -1)
-            self._report([x.sigmoid(), value], [_Note(function=torch.sigmoid, pre=x), _Note()], output)
-        elif _ACTIVATIONS.match(name) and len(inputs) == 1 and output.shape == inputs[0].shape:
-            if name.endswith('_') and not name.startswith('log'):
-                return  # its input is gone
-            note = self.notes[output]
-            note.pre, note.function = inputs[0], functools.partial(_call, func, args[1:], kwargs)
-            if self.activations and name not in ('exp', 'erf'):
-                self._report_activation(inputs[0], note, output)
+            value, x = args[0].chunk(2, args[1] if len(args) > 1 else -1)
+            return [(x.sigmoid(), _Note(torch.sigmoid, x, _version(x))), (value, _Note())]
+        else:
+            return None
+        if not all(isinstance(x, torch.Tensor) and x in self.notes for x in factors):
+            return None
+        notes = [self.notes[x] for x in factors]
+        if name == 'lerp':
+            return [(args[2], notes[0]), (args[1] - args[0], _Note())]
+        if not in_place:
+            return list(zip(factors, notes))
+        kept = args[0].clone()  # of what is overwritten
+        notes = [
+            dataclasses.replace(note, pre=kept, version=_version(kept)) if note.pre is args[0] else note
+            for note in notes]
+        return [(kept if x is args[0] else x, note) for x, note in zip(factors, notes)]
 
-    def _report(self, factors, notes, output) -> None:
-        gate = 1 if notes[1].function is not None and notes[0].function is None else 0
-        note, value = notes[gate], factors[1 - gate]
-        broadcast = any(_is_broadcast(factor, output.shape) for factor in factors)
-        self._emit(Product(
-            self._name(), factors[gate], value, output, note.pre, note.function, 'attention' if broadcast else 'gate'))
+    def _report(self, first: tuple, second: tuple, output: torch.Tensor, is_output: bool) -> None:
+        if second[1].function is not None and first[1].function is None:
+            first, second = second, first
+        (gate, note), (value, other) = first, second
+        product = output if is_output else gate * value
+        broadcast = any(
+            n.repeated or _is_broadcast(x, product.shape) for x, n in ((gate, note), (value, other)))
+        pre = note.pre if _is_current(note) else None
+        found = Product(
+            self._name(), gate, value, product, pre, note.function, 'attention' if broadcast else 'gate')
+        if gate is value and is_output:
+            self.notes[output].square = found.name
+        self.on_product(found)
 
-    def _report_activation(self, x, note, output) -> None:
+    def _note_activation(self, name: str, args, kwargs, x: torch.Tensor, in_place: bool, output: torch.Tensor) -> None:
+        note = self.notes[output]
+        note.function = functools.partial(_call, getattr(torch.ops.aten, name), args[1:], kwargs)
+        if x is output:
+            return  # what it took is gone
+        note.pre, note.version = x, _version(x)
+        if not self.activations or name in ('exp', 'erf'):
+            return
         tiny = torch.finfo(x.dtype).eps
         gate = torch.where(x.abs() < tiny, note.function(torch.full_like(x, tiny)) / tiny, output / x)
-        self._emit(Product(self._name(), gate, x, output, x, note.function, 'activation'))
-        if self.follow and x in self.notes:
-            self.notes[gate] = _Note(self.notes[x].positions)
+        self.on_product(Product(self._name(), gate, x, output, x, note.function, 'activation'))
 
-    def _emit(self, product: Product) -> None:
-        self.notes[product.product].product = product.name
-        self.on_product(product)
-
-    def _note_written(self, part: torch.Tensor, whole: torch.Tensor) -> None:
-        """A part of a tensor was written to, as by circular padding or `x[:, 1:] = y`."""
-        positions = None
-        if self.follow and whole.is_contiguous():
-            positions = self._filled(whole).clone(memory_format=torch.contiguous_format)
-            offset = part.storage_offset() - whole.storage_offset()
-            positions.as_strided(part.shape, part.stride(), offset).copy_(self._filled(part))
-        self.notes[whole] = _Note(positions)
+    def _written(self, part: torch.Tensor, whole: torch.Tensor) -> None:
+        """A part of a tensor was written to."""
+        if whole not in self.notes:
+            self.notes[whole] = _Note()
+        if self.positions is not None:
+            self.positions.written(part, whole)
 
     def _name(self) -> str:
         name = self.running[-1] if self.running else ''
+        if isinstance(self.modules[name], torch.fx.GraphModule):  # multiplies for all modules within
+            name = '.'.join(os.path.commonprefix([module.split('.') for module in self.finished])) or name
         self.calls[name] = self.calls.get(name, 0) + 1
         return _numbered(name, self.calls[name])
 
-    def _note_uses(self, name: str, notes: list[_Note]) -> None:
-        for note in notes:
-            if note.product is not None:
-                if name in _REDUCTIONS and self.reduced is not None:
-                    self.reduced[note.product] = name
-                note.product = None  # only the first use counts
 
-    # --- positions ---------------------------------------------------------------------------------------------------
-
-    def _positions(self, func, name, args, kwargs, output) -> list[torch.Tensor | None]:
-        outputs = [x for x in tree_leaves(output) if isinstance(x, torch.Tensor)]
-        try:
-            found = self._moved(func, name, args, kwargs, outputs)
-        except (RuntimeError, NotImplementedError, TypeError, IndexError, ValueError):
-            found = [None] * len(outputs)
-        return [
-            p if p is not None and p.shape == x.shape else None
-            for p, x in zip([*found, *[None] * len(outputs)], outputs)]
-
-    def _moved(self, func, name, args, kwargs, outputs) -> list[torch.Tensor | None]:
-        if _LOSES_POSITIONS.search(name):
-            return []
-        if name in ('cat', 'stack'):
-            return [func([self._filled(x) for x in args[0]], *args[1:], **kwargs)]
-        if name == 'constant_pad_nd':
-            positions = self._of(args[0])
-            return [] if positions is None else [F.pad(positions, args[1], value=math.nan)]
-        if name in _MOVES:
-            start = self._of(args[0])
-            if start is None:
-                return []
-            if 'view' in name or 'reshape' in name:  # positions have other strides than the tensor
-                return [start.reshape(x.shape) for x in outputs]
-            rest = tree_map(lambda x: self._of(x) if isinstance(x, torch.Tensor) and x in self.notes else x, args[1:])
-            return [x for x in tree_leaves(func(start, *rest, **kwargs)) if isinstance(x, torch.Tensor)]
-        if name in _MATMULS:
-            a, b = args[_MATMULS[name]:][:2]
-            a, b = self._of(a), self._of(b)
-            b = b.mT if b is not None and name == 'linear' else b
-            return [_matmul(a, b, outputs[0].shape, self.reach)]
-        if _SPATIAL.search(name):
-            return [_resized(self._of(args[0]), outputs[0].shape, self.reach)]
-        if name == 'copy_':
-            positions = self._of(args[1])
-            return [None if positions is None else positions.expand(outputs[0].shape)]
-        known = [p for p in map(self._of, tree_leaves((args, kwargs))) if p is not None]
-        return [_same_shape(known, x.shape) for x in outputs]
-
-    def _of(self, x: Any) -> torch.Tensor | None:
-        note = self.notes.get(x) if isinstance(x, torch.Tensor) else None
-        return None if note is None else note.positions
-
-    def _filled(self, x: torch.Tensor) -> torch.Tensor:
-        positions = self._of(x)
-        if positions is not None:
-            return positions
-        return torch.full(x.shape, _UNKNOWN, dtype=torch.complex64, device=x.device)
-
-
-def find_layout(positions: torch.Tensor, batch: int) -> Layout | None:
-    """The layout of a tensor whose entries have these positions in the image, None where they make no grid.
-
-    Args:
-        positions: row + i column of each entry, NaN for unknown, of the shape of the tensor.
-        batch: Number of images.
-    """
-    if positions.dim() < 2 or positions.shape[0] % batch:
-        return None
-    x = torch.nan_to_num(torch.view_as_real(positions), nan=-1e6).unflatten(0, (batch, -1))
-    if (x != x[:1]).any():  # images are not the first part of the first axis
-        return None
-    per_image = x.shape[1]
-    x = x[0] if per_image > 1 else x[0, 0]
-    axes = [i for i in range(x.dim() - 1) if (x != x.narrow(i, 0, 1)).any()]
-    if not axes:
-        return None
-    moved = x.movedim(axes, list(range(len(axes))))
-    flat = moved.flatten(len(axes), -2)[..., 0, :] if moved.dim() > len(axes) + 1 else moved
-    flat = flat.reshape(-1, 2)
-    valid = (flat > -1e5).all(-1).nonzero()[:, 0]
-    (rows, height), (columns, width) = (_ranks(flat[valid, i]) for i in (0, 1))
-    key = rows * width + columns
-    if len(valid) < 2 or len(valid) != height * width or len(key.unique()) != len(key):
-        return None
-    order = valid[key.argsort()]
-    identity = len(order) == len(flat) and bool((order == torch.arange(len(flat), device=order.device)).all())
-    shift = 1 if per_image == 1 else 0  # the axis of the images, or of images and windows, was taken away
-    positions_at = tuple(i + 1 if per_image > 1 else i + shift for i in axes)
-    name = 'other'
-    if per_image == 1 and positions.dim() == 4 and len(axes) == 2 and identity:
-        name = {(2, 3): 'NCHW', (1, 2): 'NHWC'}.get((positions_at[0], positions_at[1]), 'other')
-    elif per_image == 1 and positions.dim() == 3 and len(axes) == 1:
-        name = 'NLC' if positions_at == (1,) else 'NCL'
-    return Layout(name, positions_at, None if identity else order.cpu(), (height, width), per_image)
-
-
-def _ranks(values: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Rank of each value among the different ones, at least a twentieth of a pixel apart, and how many there are."""
-    ordered, index = values.sort()
-    steps = torch.zeros_like(ordered, dtype=torch.long)
-    steps[1:] = (ordered[1:] - ordered[:-1] > .05).cumsum(0)
-    ranks = torch.empty_like(steps)
-    ranks[index] = steps
-    return ranks, int(steps[-1]) + 1 if len(steps) else 0
-
-
-def _image_positions(images: torch.Tensor) -> torch.Tensor:
-    rows, columns = (torch.arange(n, dtype=torch.float32, device=images.device) for n in images.shape[-2:])
-    return torch.complex(*torch.broadcast_tensors(rows[:, None], columns)).expand(images.shape)
-
-
-def _matmul(
-        a: torch.Tensor | None,
-        b: torch.Tensor | None,
-        shape: torch.Size,
-        reach: float,
-) -> torch.Tensor | None:
-    for positions, axis in ((a, -1), (b, -2)):
-        centre = None if positions is None or positions.dim() < 2 else _centre(positions, axis, reach)
-        if centre is not None:
-            return centre.expand(shape)
-    return None
-
-
-def _resized(positions: torch.Tensor | None, shape: torch.Size, reach: float) -> torch.Tensor | None:
-    """Positions of what slides a window over maps, or enlarges them: equally spaced over the same range."""
-    if positions is None or positions.dim() != len(shape) or positions.dim() < 3:
-        return None
-    positions = _centre(positions, 1, reach)
-    if positions is None:
-        return None
-    rows, columns = (_spaced(part, shape[2:]) for part in (positions[:, 0].real, positions[:, 0].imag))
-    if rows is None or columns is None:
-        return None
-    return torch.complex(rows, columns)[:, None].expand(shape)
-
-
-def _spaced(x: torch.Tensor, size: torch.Size) -> torch.Tensor | None:
-    """Rows or columns (B, ...) of a grid at another size, equally spaced: padding repeats or mirrors some of them."""
-    varying = [axis for axis in range(1, x.dim()) if (x.amin(axis) != x.amax(axis)).any()]
-    if len(varying) > 1:
-        return None
-    for axis, count in enumerate(size, start=1):
-        low, high = x.amin(axis, keepdim=True), x.amax(axis, keepdim=True)
-        half = max(1, x.shape[axis] // 2)
-        rising = x.narrow(axis, x.shape[axis] - half, half).mean(axis, keepdim=True) >= \
-            x.narrow(axis, 0, half).mean(axis, keepdim=True)
-        steps = torch.linspace(0, 1, count, device=x.device) if count > 1 else torch.full((1,), .5, device=x.device)
-        steps = steps.view(-1, *[1] * (x.dim() - 1 - axis))
-        x = low + (high - low) * torch.where(rising, steps, 1 - steps)
-    return x
-
-
-def _centre(positions: torch.Tensor, axis: int, reach: float) -> torch.Tensor | None:
-    """Mean position along an axis that is summed over: of channels with the same one, or of pixels that are merged."""
-    first = positions.narrow(axis, 0, 1)
-    if ((positions == first) | (positions.isnan() & first.isnan())).all():
-        return first
-    parts = torch.view_as_real(positions)
-    axis = axis - 1 if axis < 0 else axis
-    apart = parts.amax(axis) - parts.amin(axis)
-    return positions.mean(axis if axis >= 0 else axis + 1, keepdim=True) if (apart <= reach).all() else None
-
-
-def _same_shape(known: list[torch.Tensor], shape: torch.Size) -> torch.Tensor | None:
-    for positions in known:
-        if positions.shape == shape:
-            return positions
-    for positions in known:
-        with contextlib.suppress(RuntimeError):
-            return positions.expand(shape)
-    return None
+def _was_one(before: torch.Size, after: torch.Size) -> bool:
+    """True if an axis of one entry became longer."""
+    padded = (*(1,) * (len(after) - len(before)), *before)
+    return any(a == 1 < b for a, b in zip(padded, after))
 
 
 def _is_broadcast(x: torch.Tensor, shape: torch.Size) -> bool:
     """True if x is repeated along an axis to get this shape, by the operation or by an earlier `expand`."""
     return x.shape != shape or any(stride == 0 and size > 1 for stride, size in zip(x.stride(), shape))
+
+
+def _is_current(note: _Note) -> bool:
+    """True if what the activation took is known and was not overwritten."""
+    return note.pre is not None and _version(note.pre) == note.version
+
+
+def _version(x: torch.Tensor) -> int:
+    return 0 if x.is_inference() else x._version
 
 
 def _call(func, args: tuple, kwargs: dict[str, Any], x: torch.Tensor) -> torch.Tensor:

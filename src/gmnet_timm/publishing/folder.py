@@ -13,6 +13,7 @@ from gmnet_timm.checkpoint.writing import save_weights
 from gmnet_timm.errors import UserError
 from gmnet_timm.files import replacing_folder
 from gmnet_timm.publishing.model_card import model_card
+from gmnet_timm.publishing.onnx_file import ONNX_NAME, require_onnx, write_onnx
 from gmnet_timm.publishing.proof import prove_folder
 from gmnet_timm.publishing.publication import Publication
 
@@ -25,6 +26,7 @@ class SavedFolder:
 
     path: Path
     original: str  # what it computes the same logits as
+    files: tuple[str, ...]  # names of what was written
 
 
 def save_folder(
@@ -36,6 +38,7 @@ def save_folder(
         force: bool = False,
         overwrite_card: bool = False,
         stated_preprocessing: bool = False,
+        onnx: bool = False,
 ) -> SavedFolder:
     """Write model.safetensors, config.json and README.md, and prove that timm loads the model that the source defines.
 
@@ -48,6 +51,7 @@ def save_folder(
         force: Replace these files in a folder that exists.
         overwrite_card: Write a new card even if the source or the folder has one.
         stated_preprocessing: The user stated preprocessing, so the source's own is not to be compared.
+        onnx: Write an ONNX file and its preprocessing too. A card that is kept and names the file has the same effect.
 
     Raises:
         UserError: The folder exists and `force` is not set, or what was written does not load to the same model.
@@ -57,17 +61,23 @@ def save_folder(
         raise UserError(f'{folder} exists: choose another name, or give --force to replace the files in it.')
     model_id = f'hf-hub:{repo_id}' if repo_id else f'local-dir:{folder}'
     card = None if overwrite_card else publication.card
+    onnx = onnx or card is not None and ONNX_NAME in card
+    if onnx:
+        require_onnx()
+    elif (folder / ONNX_NAME).exists():
+        raise UserError(f'{folder} holds an {ONNX_NAME} of earlier weights: give --onnx to replace it, or remove it.')
     if card is None:
         name = (repo_id or folder.resolve().name).split('/')[-1]
-        card = str(model_card(publication, name, model_id, license=license, train_datasets=train_datasets))
+        card = str(model_card(publication, name, model_id, license, train_datasets, onnx=onnx))
     with replacing_folder(folder, force=force) as temporary:
         keep_card = not overwrite_card and (folder / CARD_NAME).exists()
-        _write_files(publication, temporary, None if keep_card else card, license)
+        _write_files(publication, temporary, None if keep_card else card, license, onnx)
         original = prove_folder(publication.source, temporary, stated_preprocessing)
-    return SavedFolder(folder, original)
+        files = tuple(str(path.relative_to(temporary)) for path in sorted(temporary.rglob('*')) if path.is_file())
+    return SavedFolder(folder, original, files)
 
 
-def _write_files(publication: Publication, folder: Path, card: str | None, license: str) -> None:
+def _write_files(publication: Publication, folder: Path, card: str | None, license: str, onnx: bool) -> None:
     source, description = publication.source, publication.source.description
     model = source.build()
     cfg: dict[str, Any] = {**vars(model)['pretrained_cfg'], **source.data_config, 'license': license, 'pool_size': None}
@@ -91,3 +101,5 @@ def _write_files(publication: Publication, folder: Path, card: str | None, licen
     (folder / CONFIG_NAME).write_text(text, encoding='utf-8')
     if card is not None:
         (folder / CARD_NAME).write_text(card, encoding='utf-8')
+    if onnx:
+        write_onnx(model, source.data_config, folder)

@@ -8,8 +8,9 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from gmnet_timm.checkpoint.description import ModelDescription
 from gmnet_timm.errors import printable
-from gmnet_timm.info import BIBTEX, PAPER, count_macs
+from gmnet_timm.info import BIBTEX, PAPER, count_activations, count_macs
 from gmnet_timm.publishing.publication import Metric, Publication
+from gmnet_timm.publishing.usage import usage
 
 __all__ = ['model_card']
 
@@ -43,6 +44,7 @@ def model_card(
         model_id: str,
         license: str = 'apache-2.0',
         train_datasets: Sequence[str] = (),
+        onnx: bool = False,
 ) -> ModelCard:
     """Write the model card.
 
@@ -52,6 +54,7 @@ def model_card(
         model_id: What the usage examples load, `hf-hub:owner/name` or `local-dir:folder`.
         license: Licence of the weights, an identifier of the Hub.
         train_datasets: Identifiers on the Hub of the training data; the accuracies are labelled with the first.
+        onnx: Show how to run the ONNX file.
     """
     data = ModelCardData(
         library_name='timm',
@@ -68,8 +71,9 @@ def model_card(
     sections = [
         f'# {_text(name)}\n\n{_description(publication)}',
         f'## Model\n\n{_facts(publication)}',
-        f'## Use\n\n{_usage(model_id, publication.source.data_config["input_size"])}',
+        f'## Use\n\n{usage(publication.source, model_id, onnx)}',
         f'## Evaluation\n\n{_evaluation(publication, train_datasets)}',
+        f'## Comparison\n\n{_comparison(publication)}',
         f'## Training\n\n{_training(publication, train_datasets)}',
         f'## Limits\n\n{_limits(publication)}',
         f'## Citation\n\n```bibtex\n{BIBTEX}\n```',
@@ -93,9 +97,12 @@ def _facts(publication: Publication) -> str:
     args = source.description.full_args
     params = sum(parameter.numel() for parameter in model.parameters())
     rows = {
-        'Parameters': f'{params:,}',
-        'Multiply-adds': f'{count_macs(model, config["input_size"]):,} (convolutions and linear layers, one image)',
-        'Input': f'{" x ".join(map(str, config["input_size"]))} (channels x height x width)',
+        'Type': 'image classification, backbone for other tasks',
+        'Parameters (M)': f'{params / 1e6:.4g}',
+        'GMACs': f'{count_macs(model, config["input_size"]) / 1e9:.3g} (convolutions and linear layers, one image)',
+        'Activations (M)': f'{count_activations(model, config["input_size"]) / 1e6:.3g} (outputs of the same layers)',
+        'Image size': f'train = {_train_size(publication.recipe)}, test = {_size(config["input_size"])}',
+        'Channels': str(config['input_size'][0]),
         'Preprocessing': (
             f'{config["interpolation"]} resize, {config["crop_mode"]} crop of {config["crop_pct"]}, '
             f'mean {_numbers(config["mean"])}, std {_numbers(config["std"])}'
@@ -123,44 +130,13 @@ def _certainty(description: ModelDescription) -> str:
     return f"{size}, reconstructed from the paper's parameters and FLOPs: the authors released no code for this size"
 
 
-def _usage(model_id: str, input_size: Sequence[int]) -> str:
-    sections = [f'''```
-pip install gmnet-timm
-```
-
-Installing is enough, nothing of it has to be imported. With timm:
-
-```python
-import timm
-import torch
-from PIL import Image
-
-model = timm.create_model({model_id!r}, pretrained=True).eval()
-{_usage_input(input_size)}
-with torch.no_grad():
-    probabilities = model(images).softmax(-1)
-print(probabilities.topk(min(5, model.num_classes)))
-```''']
-    if input_size[0] == 3:
-        sections.append(f'''With transformers (`pip install transformers`):
-
-```python
-from PIL import Image
-from transformers import pipeline
-
-classify = pipeline('image-classification', model={model_id.split(':', 1)[1]!r})
-print(classify(Image.new('RGB', (320, 240))))
-```''')
-    return '\n\n'.join(sections)
+def _train_size(recipe: dict[str, Any]) -> str:
+    size = recipe.get('input_size') or [recipe.get('img_size') or 0] * 2
+    return _size(size) if isinstance(size, (list, tuple)) and any(size) else 'not recorded'
 
 
-def _usage_input(input_size: Sequence[int]) -> str:
-    mode = {1: 'L', 3: 'RGB'}.get(input_size[0])
-    if mode is None:
-        return f'images = torch.randn(1, {", ".join(map(str, input_size))})  # in place of yours, normalised'
-    return f'''transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
-image = Image.new('{mode}', (320, 240))  # in place of yours: Image.open('photo.jpg').convert('{mode}')
-images = transform(image).unsqueeze(0)'''
+def _size(shape: Sequence[int]) -> str:
+    return _text(' x '.join(map(str, shape[-2:])))
 
 
 def _evaluation(publication: Publication, train_datasets: Sequence[str]) -> str:
@@ -169,6 +145,22 @@ def _evaluation(publication: Publication, train_datasets: Sequence[str]) -> str:
     dataset = _dataset(publication.recipe, train_datasets)
     rows = {_METRIC_TITLES[metric.name]: f'{metric.value:g} | {_text(metric.source)}' for metric in publication.metrics}
     return f'On {_text(dataset["dataset_name"])}:\n\n' + _table(('', 'value | from'), rows)
+
+
+def _comparison(publication: Publication) -> str:
+    size = publication.source.description.size
+    rows = {}
+    for name, paper in PAPER.items():
+        name = f'**{name}**' if name == size else name
+        rows[name] = f'{paper.params_m} | {paper.gflops} | {paper.top1} | {paper.configuration}'
+    measured = ''.join(
+        f' These weights: {metric.value:g} %, by {_text(metric.source)}.' for metric in publication.metrics
+        if metric.name == 'top1' and publication.source.description.full_args['num_classes'] == 1000)
+    header = ('model', 'parameters (M) | GMACs | ImageNet-1k top-1 (%) | configuration')
+    return (
+        'The family, with the numbers of [the paper](https://arxiv.org/abs/2503.22841) for images of 224 x 224 pixels. '
+        f'They are not those of the weights here.{measured}\n\n{_table(header, rows)}\n\n'
+        "released: the configuration of the authors' code. reconstructed: found from the paper's parameters and FLOPs.")
 
 
 def _training(publication: Publication, train_datasets: Sequence[str]) -> str:

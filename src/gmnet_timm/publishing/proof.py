@@ -18,6 +18,7 @@ from torch import nn
 
 from gmnet_timm.checkpoint.architecture import infer_architecture
 from gmnet_timm.errors import UserError
+from gmnet_timm.publishing.onnx_file import ONNX_NAME, find_difference
 from gmnet_timm.source import Source
 
 __all__ = ['prove_folder', 'same_logits']
@@ -50,7 +51,11 @@ def prove_folder(source: Source, folder: Path, stated: bool) -> str:
             f'What timm loads back from the files does not compute the logits of {what}. Nothing was published.')
     if not alike:
         raise UserError(
-            f'What timm loads back from the files prepares images otherwise than {what}. Nothing was published.')
+            f'What timm loads back from the files prepares images differently from {what}. Nothing was published.')
+    if (folder / ONNX_NAME).exists():
+        difference = find_difference(folder, original, resolve_model_data_config(loaded))
+        if difference is not None:
+            raise UserError(f'{difference} Nothing was published.')
     return what
 
 

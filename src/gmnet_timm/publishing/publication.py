@@ -1,4 +1,4 @@
-"""What there is to publish beside the model itself: accuracies, recipe, licence and card, and where each came from."""
+"""What there is to publish besides the model itself: accuracies, recipe, licence and card, and where each came from."""
 import csv
 import dataclasses
 from pathlib import Path
@@ -87,7 +87,7 @@ def _find_metrics(source: Source, given: dict[str, float], results_file: str | N
     if results_file is not None:
         rows = _read_csv(Path(results_file))
         if len(rows) != 1:
-            raise UserError(f'{results_file} has {len(rows)} results, it has to have the one of these weights.')
+            raise UserError(f'{results_file} has {len(rows)} results. It must have one, that of these weights.')
         return _metrics(rows[0], f'validate.py ({Path(results_file).name})'), []
     summary = source.folder / SUMMARY_NAME if source.folder is not None else None
     if summary is None or not summary.is_file():

@@ -10,9 +10,10 @@ from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi, ModelInfo
 from huggingface_hub.utils import RevisionNotFoundError
 
 from gmnet_timm import __version__
-from gmnet_timm.checkpoint.config import CARD_NAME, CONFIG_NAME, WEIGHTS_NAME
+from gmnet_timm.checkpoint.config import CARD_NAME
 from gmnet_timm.errors import UserError
 from gmnet_timm.publishing.folder import save_folder
+from gmnet_timm.publishing.onnx_file import ONNX_NAME
 from gmnet_timm.publishing.publication import Publication
 from gmnet_timm.publishing.requests import explaining, within
 
@@ -41,6 +42,7 @@ def push(
         train_datasets: Sequence[str] = (),
         overwrite_card: bool = False,
         stated_preprocessing: bool = False,
+        onnx: bool = False,
         private: bool | None = None,
         revision: str | None = None,
         create_pr: bool = False,
@@ -57,6 +59,7 @@ def push(
         train_datasets: Identifiers on the Hub of the training data.
         overwrite_card: Replace a card that the repository has already.
         stated_preprocessing: As for `save_folder`.
+        onnx: As for `save_folder`.
         private: Make a new repository private.
         revision: Branch to commit to, created if it does not exist.
         create_pr: Open a pull request instead of committing.
@@ -74,13 +77,17 @@ def push(
                 repo_id = f'{within(timeout, api.whoami)["name"]}/{repo_id}'
         saved = save_folder(
             publication, Path(parent) / 'model', repo_id=repo_id, license=license, train_datasets=train_datasets,
-            overwrite_card=overwrite_card, stated_preprocessing=stated_preprocessing)
+            overwrite_card=overwrite_card, stated_preprocessing=stated_preprocessing, onnx=onnx)
         with explaining(f'Cannot prepare {repo_id}, none of the files was sent'):
             name = repo_id
             repo_id = within(timeout, lambda: api.create_repo(name, private=private, exist_ok=True).repo_id)
             info = within(timeout, lambda: _info(api, repo_id, revision))
-        keep_card = not overwrite_card and any(file.rfilename == CARD_NAME for file in info.siblings or [])
-        names = [WEIGHTS_NAME, CONFIG_NAME] + ([] if keep_card else [CARD_NAME])
+        present = {file.rfilename for file in info.siblings or []}
+        if ONNX_NAME in present - {*saved.files}:
+            raise UserError(
+                f'{repo_id} holds an {ONNX_NAME} of earlier weights. Nothing was sent: give --onnx to replace it.')
+        keep_card = not overwrite_card and CARD_NAME in present
+        names = [name for name in saved.files if not (keep_card and name == CARD_NAME)]
         files = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=str(saved.path / name)) for name in names]
         with explaining(
                 f'Cannot publish {repo_id}: nothing was committed, and an upload alone shows nowhere. '

@@ -20,8 +20,9 @@ from gmnet_timm.checkpoint.description import (
 from gmnet_timm.checkpoint.integrity import SHA256_KEY, weights_sha256
 from gmnet_timm.checkpoint.preprocessing import resolve_preprocessing
 from gmnet_timm.checkpoint.reading import Checkpoint, read_checkpoint
-from gmnet_timm.errors import UserError
+from gmnet_timm.errors import MissingExtraError, UserError
 from gmnet_timm.publishing.model_card import TAGS
+from gmnet_timm.publishing.onnx_file import ONNX_NAME, PREPROCESSOR_NAME, find_difference
 from gmnet_timm.publishing.proof import same_logits
 from gmnet_timm.publishing.push import file_sha256
 from gmnet_timm.publishing.requests import explaining, within
@@ -72,7 +73,12 @@ def verify(name: str, token: str | None = None, timeout: float = 120.) -> list[C
     checks.append(_finding('card', _check_card, folder))
     if weights is None or any(check.ok is False and check.name in ('weights', 'config') for check in checks):
         return [*checks, Check('logits', None, 'not computed, for what is wrong above')]
-    return [*checks, _finding('logits', _check_logits, folder, weights, recorded)]
+    checks.append(_finding('logits', _check_logits, folder, weights, recorded))
+    card = folder / CARD_NAME
+    shown = card.is_file() and ONNX_NAME in card.read_text(encoding='utf-8', errors='replace')
+    if shown or (folder / ONNX_NAME).exists():
+        checks.append(_finding('onnx', _check_onnx, folder))
+    return checks
 
 
 def _download(name: str, token: str | None, timeout: float) -> tuple[Path, list[Check]]:
@@ -85,7 +91,7 @@ def _download(name: str, token: str | None, timeout: float) -> tuple[Path, list[
         paths = {
             file: Path(within(10 * timeout, functools.partial(
                 hf_hub_download, repo_id, file, revision=info.sha, token=token)))
-            for file in (CONFIG_NAME, CARD_NAME, WEIGHTS_NAME) if file in files
+            for file in (CONFIG_NAME, CARD_NAME, WEIGHTS_NAME, ONNX_NAME, PREPROCESSOR_NAME) if file in files
         }
     if WEIGHTS_NAME not in paths:
         raise UserError(f'{name} has no {WEIGHTS_NAME}.')
@@ -178,5 +184,15 @@ def _check_logits(folder: Path, weights: Checkpoint, recorded: ModelDescription 
     what = f'the model that {WEIGHTS_NAME} records' if recorded else 'the one assumed from the tensors alone'
     same = same_logits(mine, theirs)
     if recorded is None and not same:
-        return Check('logits', None, f"timm's model from {CONFIG_NAME} computes otherwise than {what}")
+        return Check('logits', None, f"timm's model from {CONFIG_NAME} computes differently from {what}")
     return Check('logits', same, f"timm's model from {CONFIG_NAME} and {what} {'agree' if same else 'disagree'}")
+
+
+def _check_onnx(folder: Path) -> Check:
+    """The ONNX file and its preprocessing against timm's model, made from config.json."""
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    try:
+        difference = find_difference(folder, model, timm.data.resolve_model_data_config(model))
+    except MissingExtraError as e:
+        return Check('onnx', None, f'not compared: {e}')
+    return Check('onnx', difference is None, difference or f"{ONNX_NAME} and timm's model agree, images included")

@@ -93,10 +93,10 @@ _FLAT_TOP1 = .05  # points: 25 of ImageNet's 50,000 validation images
 
 
 def deviations(run: TrainingRun, recipe: str = 'imagenet', world_size: int | None = None) -> list[str]:
-    """What changes the network or the training, and is not as in a recipe.
+    """What changes the network or the training, and differs from a recipe.
 
-    An argument that the recipe does not set is as in the recipe where it has train.py's default, or no effect. Learning
-    rates that were scaled with the global batch size are as in the recipe, the global batch size is not.
+    An argument that the recipe does not set counts as equal if it has train.py's default or no effect. So do learning
+    rates that were scaled with the global batch size; the global batch size itself does not.
 
     Args:
         run: From `read_run`.
@@ -179,7 +179,7 @@ def plot_run(run: TrainingRun, path: str | Path) -> None:
         UserError: There is no epoch to draw, or the file cannot be written.
     """
     if not run.epochs:
-        raise UserError(f'{run.path} has no complete epoch in summary.csv, there is nothing to draw.')
+        raise UserError(f'{run.path} has no complete epoch in summary.csv, so there is nothing to draw.')
     try:
         from matplotlib.figure import Figure
     except ImportError as e:
@@ -191,7 +191,7 @@ def plot_run(run: TrainingRun, path: str | Path) -> None:
     loss.plot(epochs, [_number(e.eval_loss) for e in run.epochs], label='validation')
     top1.plot(epochs, [_number(e.top1) for e in run.epochs])
     lr.plot(epochs, [_number(e.lr) for e in run.epochs])
-    loss.set_title(_printable(run.path.name), parse_math=False)  # a dollar sign in a name is no formula
+    loss.set_title(_printable(run.path.name), parse_math=False)  # a dollar sign in a name does not start a formula
     loss.set(ylabel='loss')
     loss.legend()
     top1.set(ylabel='top-1 (%)')
@@ -223,7 +223,7 @@ def _is_without_effect(name: str, run: TrainingRun) -> bool:
 
 
 def _describe_other_start(run: TrainingRun) -> list[str]:
-    """Resuming is no deviation, unless it is from something else than the run itself."""
+    """Resuming is not a deviation, unless it starts from another run."""
     value = run.args['resume']
     if value in _EMPTY or value == 'auto':
         return []
@@ -341,5 +341,5 @@ def _shown(value: Any) -> str:
 
 
 def _printable(text: str) -> str:
-    """Without what could forge a line or drive a terminal."""
+    """Text without characters that could forge a line or control a terminal."""
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)

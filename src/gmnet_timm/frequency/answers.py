@@ -1,0 +1,175 @@
+"""What a classifier says of the parts of one image, and at which radius its answer changes.
+
+An answer need not change once: it can be lost at one radius and come back at a smaller one. Bisection finds some change
+in few passes, a scan of all radii finds all of them, and with them the first.
+"""
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from gmnet_timm.errors import UserError
+from gmnet_timm.frequency.bands import Band, BandSplit, logits_of
+from gmnet_timm.frequency.split import largest_radius
+
+__all__ = ['Change', 'ScanPoint', 'bisect_change', 'confidences', 'list_changes', 'scan_radii', 'top_classes']
+
+
+@dataclasses.dataclass(frozen=True)
+class ScanPoint:
+    """The answer to one part of an image.
+
+    Attributes:
+        kind: 'raw', 'low' or 'high'.
+        radius: In cycles per image, None for raw.
+        answer: The likeliest class.
+        confidence: Of this class, 0 to 1.
+        kept: Confidence in the answer to the whole image, 0 to 1.
+    """
+
+    kind: str
+    radius: int | None
+    answer: int
+    confidence: float
+    kept: float
+
+    def as_row(self) -> dict[str, Any]:
+        """One row for a CSV."""
+        return {**dataclasses.asdict(self), 'radius': '' if self.radius is None else self.radius}
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """Two neighbouring whole radii with different answers, on the way from the whole image to nothing.
+
+    Attributes:
+        kind: 'low', where the radius falls from the corner of the spectrum, or 'high', where it rises from 0.
+        radius: The first radius with the new answer, in cycles per image.
+        before: Class that was the likeliest one until then.
+        after: Class that is the likeliest one at this radius.
+        is_first: True where the answers at all radii before are known, and are that to the whole image.
+    """
+
+    kind: str
+    radius: int
+    before: int
+    after: int
+    is_first: bool
+
+
+def confidences(model: nn.Module, split: BandSplit, bands: Sequence[Band]) -> torch.Tensor:
+    """Softmax of a classifier's logits for bands of one image, (bands, classes), in one batch.
+
+    Args:
+        model: A classifier, on the device of the image and in the mode it is left in.
+        split: One image.
+        bands: Which of its frequencies to keep.
+
+    Raises:
+        UserError: The model is not a classifier, or its logits are NaN or infinite.
+    """
+    with torch.inference_mode():
+        logits = logits_of(model(torch.cat([split(band) for band in bands])))
+    if not logits.isfinite().all():
+        raise UserError('The logits are NaN or infinite: the weights are damaged or have diverged.')
+    return logits.float().softmax(-1)
+
+
+def top_classes(confidence: torch.Tensor, count: int, names: Sequence[str] = ()) -> list[tuple[str, float]]:
+    """The likeliest classes of (classes,) with their confidences, likeliest first; numbers where there are no names."""
+    order = confidence.argsort(descending=True)[:count].tolist()
+    return [(names[i] if names else f'class {i}', confidence[i].item()) for i in order]
+
+
+def scan_radii(
+        model: nn.Module,
+        split: BandSplit,
+        kinds: Sequence[str] = ('low', 'high'),
+        batch_size: int = 8,
+) -> Iterator[list[ScanPoint]]:
+    """Look at one image without more and more of its frequencies, at every whole radius.
+
+    Args:
+        model: As for `confidences`.
+        split: One image.
+        kinds: 'low', from the corner of the spectrum down to radius 0, and 'high', from radius 0 on, in turn.
+        batch_size: Parts per forward pass.
+
+    Yields:
+        What one pass has found; the first point of all is the raw image.
+    """
+    orders = [_from_whole_to_nothing(kind, split) for kind in kinds]
+    bands = [Band('raw'), *(band for bands in itertools.zip_longest(*orders) for band in bands)]
+    answer = None
+    for start in range(0, len(bands), batch_size):
+        batch = bands[start:start + batch_size]
+        found = confidences(model, split, batch)
+        if answer is None:
+            answer = int(found[0].argmax())
+        yield [
+            ScanPoint(band.kind, None if band.radius is None else int(band.radius), int(p.argmax()), p.max().item(),
+                      p[answer].item())
+            for band, p in zip(batch, found, strict=True)
+        ]
+
+
+def list_changes(points: Iterable[ScanPoint], kind: str, largest: int) -> list[Change]:
+    """Every change of the answer, on the way from the whole image to nothing.
+
+    Args:
+        points: From `scan_radii`, all or those of the first passes.
+        kind: 'low' or 'high'.
+        largest: Largest radius that was scanned, `split.largest_radius`.
+    """
+    points = list(points)
+    known = {point.radius: point.answer for point in points if point.kind == kind}
+    last = next(point.answer for point in points if point.kind == 'raw')
+    changes: list[Change] = []
+    is_first = True
+    for radius in range(largest, -1, -1) if kind == 'low' else range(largest + 1):
+        if radius not in known:
+            is_first = False  # from here on, one may have been missed
+            continue
+        if known[radius] != last:
+            changes.append(Change(kind, radius, last, known[radius], is_first))
+            last, is_first = known[radius], False
+    return changes
+
+
+def bisect_change(model: nn.Module, split: BandSplit, kind: str) -> Change | None:
+    """Find one change of the answer by bisection, in about log2(radii) forward passes.
+
+    Args:
+        model: As for `confidences`.
+        split: One image.
+        kind: 'low' or 'high'.
+
+    Returns:
+        A change away from the answer to the whole image. It is not known to be the first one: there can be others
+        between it and the whole image. None where the image without all of its frequencies still gets the answer of the
+        whole one, which does not say that those between do too.
+    """
+    bands = [Band('raw'), *_from_whole_to_nothing(kind, split)]
+    ends = confidences(model, split, [bands[0], bands[-1]]).argmax(-1).tolist()
+    if ends[0] == ends[1]:
+        return None
+    same, other, after = 0, len(bands) - 1, ends[1]
+    while other - same > 1:
+        middle = (same + other) // 2
+        answer = int(confidences(model, split, [bands[middle]]).argmax())
+        if answer == ends[0]:
+            same = middle
+        else:
+            other, after = middle, answer
+    return Change(kind, int(bands[other].radius or 0), ends[0], after, is_first=other == 1)
+
+
+def _from_whole_to_nothing(kind: str, split: BandSplit) -> list[Band]:
+    """Bands of all whole radii, those that leave most of the image first."""
+    radii = range(largest_radius(split.images.shape) + 1)
+    if kind not in ('low', 'high'):
+        raise UserError(f'The kinds that can be scanned are low and high, got {kind}.')
+    return [Band(kind, radius) for radius in (reversed(radii) if kind == 'low' else radii)]

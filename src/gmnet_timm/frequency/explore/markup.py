@@ -1,0 +1,225 @@
+"""What the page shows, as HTML. Names of files and classes come from others, and are escaped."""
+import base64
+import functools
+import html
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from PIL import Image
+
+from gmnet_timm.frequency.answers import Change
+from gmnet_timm.frequency.bands import Band, SplitOptions
+from gmnet_timm.frequency.explore.subjects import Data, Exploration, Picture
+from gmnet_timm.frequency.explore.turns import Job
+from gmnet_timm.frequency.plots import displayable, figure_svg, plot_image_spectrum, plot_scan, radius_axis
+from gmnet_timm.frequency.spectra import LayerSpectrum
+
+__all__ = [
+    'cards', 'changes', 'chart', 'command', 'layer_summary', 'mark_positions', 'message', 'progress_bar', 'scan_charts',
+    'spectrum_chart', 'thumbnails',
+]
+
+_TITLES = {'raw': 'Whole image', 'low': 'Low-pass', 'band-pass': 'Band', 'high': 'High-pass'}
+
+
+def message(text: str, kind: str = 'error') -> str:
+    """A line that tells the visitor what went wrong, or what is going on."""
+    return f'<p class="message {kind}" role="alert">{html.escape(text)}</p>' if text else ''
+
+
+def cards(picture: Picture, bands: Sequence[Band], options: SplitOptions) -> str:
+    """The parts of a picture, each with what the models say of it."""
+    about = picture.about
+    found = [picture.answers(i, bands, options) for i in range(len(about.subjects))]
+    parts = []
+    for column, band in enumerate(bands):
+        rows = []
+        for group in about.groups():
+            shown, note = displayable(picture.pixels(group[0], band, options), band.kind)
+            size = 'x'.join(map(str, picture.images[group[0]].shape[2:]))
+            rows.append(f'<img src="{_png(shown)}" alt="{html.escape(str(band))}" title="{size} pixels{note}">')
+            for i in group:
+                rows.append(_answers(about, i, band, found[i][column], whole=found[i][0][0][0]))
+        radius = '' if band.radius is None else html.escape(_range(band))
+        parts.append(
+            f'<section class="card {band.kind}"><h3>{_TITLES[band.kind]} <span>{radius}</span></h3>'
+            f'{"".join(rows)}</section>')
+    if len(bands) == 3:
+        parts.insert(
+            2, '<section class="card band-pass empty"><h3>Band</h3><p>Move the second radius away from the first to '
+            'see the frequencies between both.</p></section>')
+    # one screen: with more below them, pictures are smaller
+    height = {1: 250 - 34 * (len(about.subjects) - 1), 2: 120}.get(len(about.groups()), 90)
+    return f'<div class="cards" style="--height: {max(90, height)}px">{"".join(parts)}</div>'
+
+
+def _range(band: Band) -> str:
+    sign = {'low': '≤ ', 'high': '> '}.get(band.kind, '')
+    return sign + str(band).partition(' ')[2].replace('-', '–')
+
+
+def _answers(about: Exploration, number: int, band: Band, lines: Sequence[tuple[str, float]], whole: str) -> str:
+    label = about.subjects[number].label
+    head = f'<h4>{html.escape(label)}</h4>' if len(about.subjects) > 1 else ''
+    items = []
+    for rank, (name, confidence) in enumerate(lines):
+        kept = 'same' if name == whole else 'other' if rank == 0 else ''
+        name = html.escape(name)
+        items.append(
+            f'<li class="{kept}" style="--p: {100 * confidence:.1f}%"><b title="{name}">{name}</b>'
+            f'<i>{100 * confidence:.1f} %</i></li>')
+    return f'{head}<ol data-model="{html.escape(label)}" data-band="{html.escape(str(band))}">{"".join(items)}</ol>'
+
+
+def thumbnails(data: Data, first: int, count: int, channels: int) -> str:
+    """Images of the data to choose from, evenly spaced."""
+    buttons = []
+    step = max(1, data.count // count)
+    for i in range(min(count, data.count)):
+        index = (i * data.count // min(count, data.count) + first % step) % data.count
+        try:
+            image = data.read(index, channels, max_pixels=None)
+        except Exception:  # a file that cannot be decoded has no thumbnail
+            continue
+        if isinstance(image, Image.Image):
+            image.thumbnail((88, 88))
+            name = html.escape(data.name(index))
+            buttons.append(
+                f'<button data-index="{index}" title="{name}"><img alt="{name}" src="{_png(image)}"></button>')
+    more = '<button data-more="1" title="other images of the data" aria-label="other images">›</button>'
+    return f'<div class="thumbnails">{"".join(buttons)}{more if data.count > count else ""}</div>'
+
+
+def chart(svg: str, marks: str = '', name: str = '') -> str:
+    """A figure with a layer for the marks of the radii above it."""
+    source = f'data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}'
+    title = html.escape(name)
+    return f'<figure class="chart"><h5>{title}</h5><div><img src="{source}" alt="{title}">{marks}</div></figure>'
+
+
+def spectrum_chart(picture: Picture) -> str:
+    """The spectrum of a picture, as the first model takes it."""
+    figure, axis = _small_figure()
+    plot_image_spectrum(picture.pixels(0, Band('raw'), SplitOptions()), axis)
+    axis.set_title('')
+    axis.set_ylabel('power per frequency', fontsize=8)
+    return chart(figure_svg(figure, crop=False), _MARKS, 'spectrum of the whole image')
+
+
+def scan_charts(picture: Picture, points: Sequence[Sequence[Any]]) -> str:
+    """Confidence in the answer to the whole image against the radius, for each model."""
+    about = picture.about
+    found = []
+    for subject, scanned in zip(about.subjects, points, strict=True):
+        if scanned:
+            figure, axis = _small_figure()
+            plot_scan(scanned, about.largest_radius, axis)
+            axis.legend(
+                fontsize=7, loc='lower right', bbox_to_anchor=(1.02, .97), ncols=3, frameon=False, columnspacing=1.2,
+                handlelength=1.8)
+            title = f'confidence in the answer to the whole image: {subject.label}'
+            found.append(chart(figure_svg(figure, crop=False), _MARKS, title))
+    return f'<div class="charts">{"".join(found)}</div>'
+
+
+def mark_positions(about: Exploration, radius: float, other: float) -> str:
+    """A style sheet that moves the marks of the charts to the radii."""
+    inner, outer = sorted((int(radius), int(other)))
+    percent = _percents(about.largest_radius)
+    places = {'start': 0, 'radius': int(radius), 'inner': inner, 'outer': outer, 'end': about.largest_radius}
+    return f'<style>:root {{{"".join(f"--{name}: {percent[x]:.2f}%;" for name, x in places.items())}}}</style>'
+
+
+@functools.lru_cache
+def _percents(largest: int) -> list[float]:
+    """Where each radius is in a chart, in percent of its width."""
+    figure, axis = _small_figure()
+    radius_axis(axis, largest)
+    return [100 * axis.transData.transform((x, 0))[0] / figure.bbox.width for x in range(largest + 1)]
+
+
+def changes(about: Exploration, found: Sequence[Sequence[Change]], scanned: Sequence[bool]) -> str:
+    """Where the answers change, as buttons that set the radius.
+
+    Args:
+        about: What the page is about.
+        found: Changes of each model, by bisection or, once it was scanned, all.
+        scanned: For each model, whether the changes are all there are.
+    """
+    rows = []
+    for subject, mine, all_known in zip(about.subjects, found, scanned, strict=True):
+        head = f'<h4>{html.escape(subject.label)}</h4>' if len(about.subjects) > 1 else ''
+        rows.append(head + ''.join(_change(subject, kind, mine, all_known) for kind in ('low', 'high')))
+    return f'<div class="changes"><h3>Where the answer changes first</h3>{"".join(rows)}</div>'
+
+
+def _change(subject: Any, kind: str, found: Sequence[Change], scanned: bool) -> str:
+    mine = [change for change in found if change.kind == kind]
+    title = f'<p data-kind="{kind}" data-scanned="{scanned}"><b class="{kind}">{_TITLES[kind]}</b> '
+    if not mine:
+        found_none = 'no change at any whole radius' if scanned else 'none found by bisection, all radii follow …'
+        return f'{title}{found_none}</p>'
+    first, others = mine[0], len(mine) - 1
+    if not scanned:
+        note = 'found by bisection; the first one follows …'
+    else:
+        note = f'and {others} more change{"s" if others > 1 else ""} beyond' if others else 'the only change'
+    names = ' → '.join(html.escape(_name(subject, number)) for number in (first.before, first.after))
+    return (f'{title}<button data-radius="{first.radius}" title="set the radius">r = {first.radius}</button> {names} '
+            f'<small>({note})</small></p>')
+
+
+def _name(subject: Any, number: int) -> str:
+    return subject.class_names[number] if subject.class_names else f'class {number}'
+
+
+def progress_bar(job: Job) -> str:
+    """How far the accuracies are."""
+    share = 100 * job.done / job.total if job.total else 0
+    if job.state == 'running':
+        text = f'{job.done} of {job.total or "…"} batches. It gives way while you move something.'
+    else:
+        text = {'': '', 'done': 'Done.', 'stopped': 'Stopped: models that were done are kept.',
+                'failed': job.error}[job.state]
+    if not text:
+        return ''
+    bar = f'<progress max="100" value="{share:.0f}">{share:.0f} %</progress>' if job.state == 'running' else ''
+    kind = 'error' if job.state == 'failed' else 'note'
+    return f'<div class="job" data-state="{job.state}">{bar}{message(text, kind)}</div>'
+
+
+def command(lines: str) -> str:
+    """Commands to copy."""
+    return f'<pre title="prints the same"><code>{html.escape(lines)}</code></pre>'
+
+
+def layer_summary(layer: LayerSpectrum) -> str:
+    """The numbers of a layer in a line."""
+    row = {name: value for name, value in layer.summary_row().items() if value not in ('', None)}
+    cells = ''.join(
+        f'<div><dt>{name.replace("_", " ")}</dt><dd>{value if isinstance(value, str) else f"{value:.4g}"}</dd></div>'
+        for name, value in row.items() if name not in ('layer', 'kind'))
+    return f'<dl class="summary">{cells}</dl>'
+
+
+_MARKS = '<div class="marks"><i class="low"></i><i class="band-pass"></i><i class="high"></i><hr></div>'
+
+
+def _small_figure() -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(4.4, 1.95))
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    figure.subplots_adjust(left=.125, right=.985, bottom=.225, top=.91)
+    figure.patch.set_alpha(0)
+    return figure, axis
+
+
+def _png(picture: Any) -> str:
+    if not isinstance(picture, Image.Image):
+        picture = Image.fromarray((255 * picture).round().astype('uint8'))
+    file = io.BytesIO()
+    picture.convert('RGB' if picture.mode not in ('L', 'RGB') else picture.mode).save(file, 'png', compress_level=1)
+    return f'data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}'

@@ -1,0 +1,177 @@
+"""What a classifier says of one image, and where its answer changes: against toy classifiers with known answers."""
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from gmnet_timm.errors import UserError
+from gmnet_timm.frequency import answers
+from gmnet_timm.frequency.bands import Band, BandSplit, SplitOptions, list_bands
+from gmnet_timm.frequency.data import prepare_picture, read_picture
+
+SIZE = 64
+LARGEST = 45  # of whole radii below the corner, 32 sqrt(2)
+
+
+class Tones(nn.Module):
+    """Answers by which diagonal cosines, at the radii 39.6, 35.4 and 9.9, an image has."""
+
+    def __init__(self, decide):
+        super().__init__()
+        self.decide = decide
+        rows, columns = torch.meshgrid(torch.arange(SIZE), torch.arange(SIZE), indexing='ij')
+        self.waves = torch.stack([
+            torch.cos(2 * math.pi * f * (rows + columns) / SIZE) for f in (28, 25, 7)]).double()
+        self.passes = 0
+
+    def image(self):
+        return self.waves.sum(0)[None, None]
+
+    def forward(self, images):
+        self.passes += 1
+        has = torch.einsum('bchw,fhw->bf', images, self.waves).abs() > SIZE * SIZE / 4
+        return nn.functional.one_hot(torch.tensor([self.decide(*row) for row in has.tolist()]), 3).double() * 5
+
+
+def once(high, middle, low):
+    return 0 if low else 2
+
+
+def twice(high, middle, low):
+    """With all frequencies 0, without the highest 1, then 0 again, and 2 without the lowest."""
+    return 0 if high else 1 if middle else 0 if low else 2
+
+
+def scan(model, kinds=('low', 'high')):
+    return [p for some in answers.scan_radii(model, BandSplit(model.image()), kinds, batch_size=7) for p in some]
+
+
+def test_a_scan_finds_every_change_and_bisection_says_that_it_may_miss_the_first():
+    model = Tones(twice)
+    points = scan(model)
+    found = answers.list_changes(points, 'low', LARGEST)
+    assert [(c.radius, c.before, c.after, c.is_first) for c in found] == [
+        (39, 0, 1, True), (35, 1, 0, False), (9, 0, 2, False)]
+    bisected = answers.bisect_change(model, BandSplit(model.image()), 'low')
+    assert (bisected.radius, bisected.before, bisected.after) == (9, 0, 2)  # a change, but not the first one
+    assert not bisected.is_first
+
+
+def test_without_all_radii_a_change_is_not_called_the_first():
+    points = scan(Tones(twice), ['low'])
+    assert answers.list_changes(points, 'low', LARGEST)[0].is_first
+    missing = [p for p in points if p.radius != 42]
+    assert not answers.list_changes(missing, 'low', LARGEST)[0].is_first
+
+
+def test_one_change_is_found_by_both_in_far_fewer_passes():
+    model = Tones(once)
+    points = scan(model, ['low'])
+    (only,) = answers.list_changes(points, 'low', LARGEST)
+    model.passes = 0
+    bisected = answers.bisect_change(model, BandSplit(model.image()), 'low')
+    assert (only.radius, bisected.radius) == (9, 9) and model.passes <= 8
+    assert (bisected.before, bisected.after) == (0, 2)
+
+
+def test_high_pass_images_lose_low_frequencies_first():
+    model = Tones(once)
+    (change,) = answers.list_changes(scan(model), 'high', LARGEST)
+    assert change == answers.Change('high', 10, 0, 2, is_first=True)  # 9.9 is beyond 9, not beyond 10
+    assert answers.bisect_change(model, BandSplit(model.image()), 'high').radius == 10
+
+
+def test_equal_answers_at_both_ends_are_no_proof():
+    # 0 with everything and 0 with nothing, 1 between
+    model = Tones(lambda high, middle, low: 1 if low and not high else 0)
+    assert answers.bisect_change(model, BandSplit(model.image()), 'low') is None
+    assert [c.radius for c in answers.list_changes(scan(model), 'low', LARGEST)] == [39, 9]
+
+
+def test_a_scan_is_whole_and_keeps_the_confidence_in_the_first_answer():
+    points = scan(Tones(twice))
+    assert points[0].kind == 'raw' and points[0].kept == points[0].confidence
+    for kind in ('low', 'high'):
+        assert sorted(p.radius for p in points if p.kind == kind) == list(range(LARGEST + 1))
+    kept = {p.radius: p.kept for p in points if p.kind == 'low'}
+    sure = math.exp(5) / (math.exp(5) + 2)
+    assert kept[45] == pytest.approx(sure) and kept[37] == pytest.approx((1 - sure) / 2)
+
+
+def test_logits_that_are_not_finite_are_refused():
+    split = BandSplit(Tones(once).image())
+    with pytest.raises(UserError, match='NaN or infinite'):
+        answers.confidences(lambda x: torch.full((len(x), 3), math.nan), split, [Band('raw')])
+
+
+@pytest.mark.parametrize('options', [
+    SplitOptions(), SplitOptions(keep_dc=True), SplitOptions(restore_contrast=True), SplitOptions(space='pixels')])
+def test_a_picture_that_is_transformed_once_splits_as_numpy_does(options):
+    mean, std = (.3, .4, .5), (.2, .25, .3)
+    images = torch.randn(1, 3, 33, 48, dtype=torch.float64)
+    split = BandSplit(images, options, mean, std)
+    scale, offset = np.ones((3, 1, 1)), np.zeros((3, 1, 1))
+    if options.space == 'pixels':
+        scale, offset = np.array(std).reshape(3, 1, 1), np.array(mean).reshape(3, 1, 1)
+    x = images[0].numpy() * scale + offset
+    radius = np.hypot(33 * np.fft.fftfreq(33)[:, None], 48 * np.fft.fftfreq(48))
+    for band in list_bands([5, 12.5], ('low', 'high', 'band-pass', 'band-stop')):
+        inside = radius <= (np.inf if band.radius is None else band.radius)
+        mask = {'raw': inside, 'low': inside, 'high': ~inside}.get(band.kind)
+        if band.inner_radius is not None:
+            ring = inside & (radius > band.inner_radius)
+            mask = ring if band.kind == 'band-pass' else ~ring
+        expected = np.fft.ifft2(np.fft.fft2(x) * mask).real
+        if band.kind in ('high', 'band-pass'):
+            if options.restore_contrast:
+                expected = expected * (x.std((1, 2)) / expected.std((1, 2)))[:, None, None]
+            if options.keep_dc:
+                expected = expected + x.mean((1, 2), keepdims=True)
+        np.testing.assert_allclose(split(band)[0], (expected - offset) / scale, atol=1e-9)
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+CONFIG = dict(input_size=(3, 48, 48), mean=(.5,) * 3, std=(.5,) * 3, interpolation='bicubic', crop_pct=1.)
+
+
+def test_what_is_not_an_image_or_too_large_is_refused_before_it_is_decoded(tmp_path, monkeypatch):
+    (tmp_path / 'a.png').write_text('not a picture')
+    with pytest.raises(UserError, match='a.png cannot be read as an image'):
+        read_picture(tmp_path / 'a.png', 3)
+    Image.new('1', (10_000, 10_000)).save(tmp_path / 'large.png')
+    monkeypatch.setattr(Image.Image, 'load', lambda self: pytest.fail('decoded'))
+    monkeypatch.setattr('PIL.ImageFile.ImageFile.load', lambda self: pytest.fail('decoded'))
+    with pytest.raises(UserError, match='10000x10000 pixels, 100 million'):
+        read_picture(tmp_path / 'large.png', 3, max_pixels=50_000_000)
+
+
+@pytest.mark.parametrize('channels, mode', [(1, 'L'), (2, 'LA'), (3, 'RGB'), (4, 'RGBA')])
+def test_pictures_of_one_to_four_channels(tmp_path, channels, mode):
+    Image.new('RGB', (60, 50), (255, 0, 0)).save(tmp_path / 'a.png')
+    assert read_picture(tmp_path / 'a.png', channels).mode == mode
+    config = {**CONFIG, 'input_size': (channels, 48, 48), 'mean': (.5,) * channels, 'std': (.5,) * channels}
+    assert prepare_picture(read_picture(tmp_path / 'a.png', channels), config).shape == (1, channels, 48, 48)
+
+
+def test_arrays_of_any_number_of_channels(tmp_path):
+    config = {**CONFIG, 'input_size': (6, 48, 48), 'mean': (0.,) * 6, 'std': (1.,) * 6}
+    array = np.broadcast_to(np.arange(6, dtype=np.uint8) * 51, (60, 70, 6))
+    np.save(tmp_path / 'a.npy', array)
+    image = prepare_picture(read_picture(tmp_path / 'a.npy', 6), config)
+    torch.testing.assert_close(image, (torch.arange(6.) / 5).view(1, 6, 1, 1).expand(1, 6, 48, 48))
+    np.save(tmp_path / 'b.npy', array / np.float32(255))
+    torch.testing.assert_close(prepare_picture(read_picture(tmp_path / 'b.npy', 6), config), image)
+    with pytest.raises(UserError, match=r'\(60, 70, 6\), the model takes \(height, width, 3\)'):
+        read_picture(tmp_path / 'a.npy', 3)
+    with pytest.raises(UserError, match='6 channels.*npy'):
+        read_picture(tmp_path / 'a.png', 6)
+    np.save(tmp_path / 'c.npy', array.astype(object), allow_pickle=True)
+    with pytest.raises(UserError, match='cannot be read as an array'):
+        read_picture(tmp_path / 'c.npy', 6)
+    np.save(tmp_path / 'd.npy', array.astype(np.float32))
+    with pytest.raises(UserError, match='from 0 to 1'):
+        read_picture(tmp_path / 'd.npy', 6)
