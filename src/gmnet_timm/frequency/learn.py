@@ -12,7 +12,7 @@ import platform
 import statistics as stdlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ def run_learn(
         tasks: Sequence[str] = TASKS,
         variants: Sequence[str] | None = None,
         force: bool = False,
-        log=print,
+        log: Callable[[str], None] = print,
 ) -> list[dict[str, Any]]:
     """Train each variant on each task. A finished one is a file in `output`/runs, which a later call does not repeat.
 
