@@ -43,6 +43,7 @@ def run(command, folder):
     'README.md',
     'docs/models.md',
     'docs/frequency.md',
+    'docs/theory.md',
     pytest.param('docs/ecosystem.md', marks=[
         pytest.mark.ecosystem, pytest.mark.skipif(
             not (3, 11) <= sys.version_info < (3, 14), reason='timmx is installed on Python 3.11 to 3.13')]),

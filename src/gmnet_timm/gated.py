@@ -11,7 +11,7 @@ Papers:
     * `GmNet: Revisiting Gating Mechanisms From A Frequency View` - https://arxiv.org/abs/2503.22841 (ICLR 2026)
 """
 from functools import partial
-from typing import Any, Dict
+from typing import Any, Callable, Dict, List
 
 import torch
 import torch.nn as nn
@@ -23,7 +23,7 @@ from timm.models.efficientnet import mobilenetv2_100
 from timm.models.resnet import BasicBlock, resnet18
 from ._registry import generate_default_cfgs, register_model
 
-__all__ = ['Gate']
+__all__ = ['Gate', 'replace_activations']
 
 
 class Gate(nn.Module):
@@ -35,6 +35,27 @@ class Gate(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.act(x) * x
+
+
+def replace_activations(model: nn.Module, act_layer: Callable[[], nn.Module]) -> List[nn.Module]:
+    """Put a module where the paper puts its gates: into each basic block (ResNet) and inverted residual (MobileNetV2).
+
+    Args:
+        model: A model of timm's, changed in place.
+        act_layer: Makes the module that takes the place of one activation.
+
+    Returns:
+        The new modules, in the order of the blocks.
+    """
+    replaced = []
+    for module in list(model.modules()):
+        if isinstance(module, BasicBlock):
+            module.act1 = act_layer()
+            replaced.append(module.act1)
+        elif hasattr(module, 'conv_pwl'):  # has an expansion, which the first block has not
+            module.bn1.act = act_layer()
+            replaced.append(module.bn1.act)
+    return replaced
 
 
 def _cfg(**kwargs: Any) -> Dict[str, Any]:
@@ -68,17 +89,13 @@ default_cfgs = generate_default_cfgs({
 
 def _gated_resnet18(gate: LayerType, **kwargs: Any) -> nn.Module:
     model = resnet18(**kwargs)
-    for module in model.modules():
-        if isinstance(module, BasicBlock):
-            module.act1 = Gate(gate)
+    replace_activations(model, partial(Gate, gate))
     return model
 
 
 def _gated_mobilenetv2(gate: LayerType, **kwargs: Any) -> nn.Module:
     model = mobilenetv2_100(**kwargs)
-    for module in model.modules():
-        if hasattr(module, 'conv_pwl'):  # has an expansion, which the first block has not
-            module.bn1.act = Gate(gate)
+    replace_activations(model, partial(Gate, gate))
     return model
 
 

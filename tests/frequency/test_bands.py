@@ -15,7 +15,6 @@ import timm
 import torch
 import yaml
 from PIL import Image
-from scipy.stats import binomtest
 from timm.data import create_dataset, create_loader, resolve_data_config
 from timm.utils import CheckpointSaver, accuracy
 
@@ -28,7 +27,6 @@ from gmnet_timm.frequency.bands import (
     band_images,
     evaluate_bands,
     list_bands,
-    wilson_interval,
 )
 from gmnet_timm.frequency.data import create_band_loader
 from gmnet_timm.frequency.reports import write_csv
@@ -122,12 +120,6 @@ def test_counts_equal_timms_own_evaluation(folder, model):
         assert result.top1 == pytest.approx(top1.item(), abs=1e-4)
         assert result.top5 == pytest.approx(top5.item(), abs=1e-4)
     assert len({r.correct1 for r in got}) > 2  # it has told the bands apart
-
-
-def test_wilson_interval_equals_scipy():
-    for correct, count in [(0, 10), (3, 10), (10, 10), (790, 1000), (1, 1)]:
-        expected = binomtest(correct, count).proportion_ci(method='wilson')
-        assert wilson_interval(correct, count) == pytest.approx((expected.low, expected.high), abs=1e-6)
 
 
 def test_pixels_and_normalized_differ_by_a_constant_in_the_high_part():

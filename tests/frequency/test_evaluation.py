@@ -192,7 +192,7 @@ def test_wilsons_interval_covers_the_truth_and_not_another_sample():
     """Exact sums over binomial probabilities: what the text about the interval claims, and what it must not claim."""
     from scipy.stats import binom
 
-    from gmnet_timm.frequency.bands import wilson_interval
+    from gmnet_timm.frequency.statistics import wilson_interval
     n, p = 400, .7
     k = np.arange(n + 1)
     low, high = np.array([wilson_interval(i, n) for i in k]).T

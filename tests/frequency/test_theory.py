@@ -2,8 +2,12 @@ import math
 
 import numpy as np
 import pytest
+import timm
 import torch
+from PIL import Image
 
+from gmnet_timm.cli.main import main
+from gmnet_timm.errors import UserError
 from gmnet_timm.frequency import radial_power_spectrum, theory
 
 
@@ -80,6 +84,100 @@ def test_comparison_reports_its_error():
     for harmonics in theory.compare_harmonics(amplitude=8., count=6):
         assert len(harmonics.measured) == len(harmonics.closed_form) == 6
         assert 0 <= harmonics.error < 1e-8
+
+
+@pytest.mark.parametrize('amplitude, activation, gate, third, fifth', [
+    (1.4, 'relu', False, .78, .18), (1.4, 'relu6', True, 2.95, .07), (1.4, 'gelu', True, 5.23, .03),
+    (12., 'relu', False, .78, .18), (12., 'relu6', True, 1.57, .46), (12., 'gelu', True, 2.96, .07)])
+def test_share_of_high_harmonics(amplitude, activation, gate, third, fifth):
+    """Per cent of the energy in harmonics from the third and from the fifth on, from an independent program."""
+    found = theory.measured_harmonics(activation, amplitude, 4000, gate=gate)
+    shares = [100 * theory.energy_share(found, first) for first in (3, 5)]
+    assert shares == pytest.approx([third, fifth], abs=.006)
+
+
+# --- Gaussian maps ---------------------------------------------------------------------------------------------------
+
+
+def _high_low(name, scale):
+    return theory.predict_maps([name], [scale])[0].output.high_low_ratio
+
+
+def test_limits_of_gates_at_small_and_large_scales():
+    """GELU(x)x is x^2 / 2 for small x, ReLU(x)x for large; ReLU6(x)x is ReLU(x)x for small x, 6 ReLU(x) for large."""
+    assert _high_low('gelu*x', .01) == pytest.approx(_high_low('identity*x', 1.), rel=.02)
+    assert _high_low('gelu*x', 200) == pytest.approx(_high_low('relu*x', 1.), rel=.005)
+    assert _high_low('relu6*x', .5) == pytest.approx(_high_low('relu*x', 1.), rel=1e-4)
+    assert _high_low('relu6*x', 800) == pytest.approx(_high_low('relu', 1.), rel=.02)
+    assert _high_low('relu*x', 1.) == pytest.approx(_high_low('relu*x', 7.), rel=1e-6)
+
+
+def test_share_beyond_6_is_counted():
+    prediction, = theory.predict_maps(['relu'], [3.])
+    assert prediction.beyond_6 == pytest.approx((3 * torch.randn(10 ** 6) > 6).double().mean().item(), rel=.03)
+
+
+def test_scale_where_two_functions_part():
+    scale = theory.scale_where('relu6*x', 'relu*x', .99)
+    assert _high_low('relu6*x', scale) == pytest.approx(.99 * _high_low('relu*x', scale), rel=1e-4)
+    assert _high_low('relu6*x', .9 * scale) > .99 * _high_low('relu*x', .9 * scale)
+    assert theory.scale_where('relu6*x', 'gelu*x', 1.05) == math.inf
+
+
+def test_theory_of_a_model_whose_gates_work_on_gaussian_maps(tmp_path, capsys):
+    """A network that is one gate on white noise: what is measured is what is predicted for its own function."""
+    from gmnet_timm.frequency import layer_spectra
+    from gmnet_timm.gated import Gate
+    generator = torch.Generator().manual_seed(0)
+    batches = [(2 * torch.randn(64, 3, 32, 32, generator=generator), torch.zeros(64))]
+    layers = layer_spectra(torch.nn.Sequential(Gate('gelu')), batches)
+    row, = theory.gate_rows(layers, ['gelu*x', 'relu', 'identity*x'])
+    assert row['product_high_low'] == pytest.approx(row['predicted_gelu*x'], rel=.02)
+    assert row['predicted_high_low'] == row['predicted_gelu*x']
+    assert row['gain_low'] < row['gain'] < row['gain_high'] and row['pre_gate_std'] == pytest.approx(2, rel=.01)
+    assert row['gain'] == pytest.approx(row['product_high_low'] / row['value_high_low'], rel=.02)
+
+
+def test_command_for_tones(tmp_path, capsys):
+    argv = ['freq', 'theory', '--harmonics', '5', '--scales', '1', '--output', str(tmp_path)]
+    assert main([*argv, '--amplitude', '9']) == 0
+    printed = capsys.readouterr().out
+    assert 'relu6 n^-1.99' in printed or 'relu6 n^-2.0' in printed
+    assert '40.500000 (40.500000)' in printed  # A^2 / 2
+    assert (tmp_path / 'theory.png').stat().st_size > 10000
+    assert main([*argv, '--amplitude', '-1']) == 1
+
+
+def test_command_for_maps(tmp_path, capsys):
+    assert main(['freq', 'theory', '--output', str(tmp_path), '--scales', '1.4', '--no-figure']) == 0
+    assert '0.239' in capsys.readouterr().out
+    assert 'relu6*x,1.4,' in (tmp_path / 'theory.csv').read_text()
+    assert main(['freq', 'theory', '--output', str(tmp_path), '--scales', '1.4', '--no-figure']) == 1
+    assert '--force' in capsys.readouterr().err
+    assert main(['freq', 'theory', '--output', str(tmp_path / 'a'), '--functions', 'gelu*v', '--no-figure']) == 1
+    assert 'second map' in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_command_for_a_model(tmp_path, capsys):
+    (tmp_path / 'data' / 'a').mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for i in range(2):
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / 'data' / 'a' / f'{i}.png')
+    torch.save(timm.create_model('gmnet_s1', num_classes=1).state_dict(), tmp_path / 'gmnet_s1.pth')
+    argv = ['freq', 'theory', f'gmnet_s1={tmp_path}/gmnet_s1.pth', '--data-dir', str(tmp_path / 'data'), '--img-size',
+            '64', '--output', str(tmp_path), '--workers', '0']
+    assert main(argv) == 0
+    assert 'of 14 gates' in capsys.readouterr().out and (tmp_path / 'theory-gates.png').stat().st_size > 10000
+    assert (tmp_path / 'theory-gates.csv').read_text().count('\n') == 15
+
+
+def test_a_model_without_gates_is_an_error(tmp_path):
+    from gmnet_timm.frequency import layer_spectra
+    model = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Conv2d(3, 3, 3)))
+    layers = layer_spectra(model, [(torch.randn(2, 3, 32, 32), torch.zeros(2))], modules=['0'])
+    with pytest.raises(UserError, match='no gate'):
+        theory.gate_rows(layers)
 
 
 def test_unknown_activation():

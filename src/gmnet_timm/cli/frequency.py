@@ -13,7 +13,7 @@ from gmnet_timm.cli.options import (
     print_notes,
     stated_words,
 )
-from gmnet_timm.errors import UserError
+from gmnet_timm.errors import UserError, listed
 
 DEFAULT_OUTPUT = 'output/freq'
 
@@ -34,8 +34,10 @@ def add_commands(commands) -> None:
     _add_heatmap(commands)
     _add_sensitivity(commands)
     _add_theory(commands)
+    _add_learn(commands)
     _add_study(commands)
     _add_explore(commands)
+    _add_paper(commands)
 
 
 def _add_eval(commands) -> None:
@@ -356,19 +358,96 @@ def _run_sensitivity(args: argparse.Namespace) -> None:
 
 
 def _add_theory(commands) -> None:
-    parser = _command(commands, 'theory', 'harmonics of a gated tone against closed forms', _run_theory, output=False)
-    parser.add_argument('--amplitude', type=float, default=12., help='of the tone A sin t (default: %(default)s)')
-    parser.add_argument('--harmonics', type=int, default=10, help='how many to print (default: %(default)s)')
+    parser = _command(
+        commands, 'theory', 'spectra after activations and gates in theory, for a model or for given maps', _run_theory)
+    _add_model(parser, 'model', nargs='?')
+    _add_data(parser)
+    group = parser.add_argument_group('theory')
+    group.add_argument(
+        '--functions', nargs='+', metavar='NAME',
+        help='ACTIVATION for f(x), ACTIVATION*x for the gate f(x) * x, of any activation of timm; identity*x is x * x '
+             '(default: relu relu6 gelu relu*x relu6*x gelu*x identity*x)')
+    group.add_argument(
+        '--scales', type=float, nargs='+', default=[.8, 1.4, 3., 6., 12.], metavar='STD',
+        help='standard deviations of the maps, without a model (default: 0.8 1.4 3 6 12)')
+    group.add_argument(
+        '--exponent', type=float, default=1.,
+        help='of their amplitude spectrum 1 / radius^EXPONENT, without a model (default: %(default)g)')
+    group.add_argument(
+        '--amplitude', type=float, default=12., help='of the tone A sin t, without a model (default: %(default)g)')
+    group.add_argument('--harmonics', type=int, default=10, help='how many to print (default: %(default)s)')
+    _add_machine(parser, num_images=64)
+    _add_figures(parser)
 
 
 def _run_theory(args: argparse.Namespace) -> int:
-    """Feed a pure tone to each gate, and set the harmonics that come out against the closed form."""
-    from gmnet_timm.frequency.theory import compare_harmonics
+    """Write and draw what theory says that activations and gates do to spectra.
+
+    With a model: for each of its gates, at the measured scale and spectrum of its input, beside what is measured.
+    Without: for Gaussian maps of given scales, and for a pure tone, whose measured harmonics are set against their
+    closed form.
+    """
+    from gmnet_timm.frequency.theory import FUNCTIONS
+
+    functions = args.functions or list(FUNCTIONS)
+    if args.model is not None:
+        _theory_of_model(args, functions)
+        return 0
+    return _theory_of_maps(args, functions)
+
+
+def _theory_of_model(args: argparse.Namespace, functions: list[str]) -> None:
+    from gmnet_timm.frequency.plots import draw_theory_of_gates
+    from gmnet_timm.frequency.reports import write_csv
+    from gmnet_timm.frequency.spectra import layer_spectra
+    from gmnet_timm.frequency.theory import gate_rows, pointwise
+
+    _check_output(args, 'theory-gates.csv', figures=['theory-gates'])
+    for name in functions:
+        pointwise(name)
+    with _Machine(args) as machine:
+        model = _load(args.model, args)
+        loader = _loader(args, model, machine)
+        layers = layer_spectra(model.model.to(machine.device), loader, show_progress=True)
+        if machine.rank:
+            return
+    rows = gate_rows(layers, functions)
+    write_csv(rows, args.output / 'theory-gates.csv')
+    print('High over low energy of the input and the product of each gate, and of the product in theory\n')
+    print(f'{"gate":<28}' + ''.join(f'{head:>11}' for head in ('std', 'input', 'product', 'theory', *functions)))
+    for row in rows:
+        names = ('pre_gate_std', 'value_high_low', 'product_high_low', 'predicted_high_low')
+        cells = [row[name] for name in (*names, *(f'predicted_{f}' for f in functions))]
+        print(f'{row["layer"]:<28}' + ''.join(f'{cell:>11.4g}' for cell in cells))
+    raised = sum(row['gain_low'] > 1 for row in rows)
+    lowered = sum(row['gain_high'] < 1 for row in rows)
+    print(f'\nThe product has more high/low than the input in {raised} of {len(rows)} gates, less in {lowered} (95 % '
+          f'intervals over {rows[0]["images"]} images).\n{args.output / "theory-gates.csv"}')
+    title = f'{_labels([model])[0]}, {rows[0]["images"]} images'
+    _save(args, 'theory-gates', lambda: draw_theory_of_gates(rows, title))
+
+
+def _theory_of_maps(args: argparse.Namespace, functions: list[str]) -> int:
+    from gmnet_timm.frequency.plots import draw_theory
+    from gmnet_timm.frequency.reports import write_csv
+    from gmnet_timm.frequency.theory import compare_harmonics, map_row, predict_maps
 
     if not (1e-3 <= args.amplitude <= 1e3 and 3 <= args.harmonics <= 1000):
         raise UserError('The amplitude must be from 0.001 to 1000, the number of harmonics from 3 to 1000.')
+    if not all(1e-3 <= scale <= 1e3 for scale in args.scales) or not 0 <= args.exponent <= 4:
+        raise UserError('Scales must be from 0.001 to 1000, the exponent from 0 to 4.')
+    _check_output(args, 'theory.csv', figures=['theory'])
+    maps = predict_maps(functions, args.scales, exponent=args.exponent)
+    rows = [map_row(prediction) for prediction in maps]
+    write_csv(rows, args.output / 'theory.csv')
+    print(f'High over low energy of f(x), x a Gaussian map with {maps[0].input.high_low_ratio:.3f}, by std of x\n')
+    print(f'{"std":<8}{"beyond 6":>10}' + ''.join(f'{name:>12}' for name in functions))
+    for scale in args.scales:
+        found = [prediction for prediction in maps if prediction.scale == scale]
+        print(f'{scale:<8g}{100 * found[0].beyond_6:>8.3g} %'
+              + ''.join(f'{prediction.output.high_low_ratio:>12.3f}' for prediction in found))
     compared = compare_harmonics(args.amplitude, args.harmonics)
-    print(f'Amplitudes of the harmonics of act(x) * x, x = {args.amplitude:g} sin t: measured (closed form)\n')
+    print(f'\nAmplitudes of the harmonics of act(x) * x, x = {args.amplitude:g} sin t: measured (closed form)\n')
     print('n   ' + ''.join(f'{harmonics.activation:>26}' for harmonics in compared))
     for n in range(args.harmonics):
         cells = (f'{h.measured[n]:.6f} ({h.closed_form[n]:.6f})' for h in compared)
@@ -376,7 +455,8 @@ def _run_theory(args: argparse.Namespace) -> int:
     print('\ndecay of act(x) * x:  ' + ', '.join(f'{h.activation} {_power(h.gate_decay)}' for h in compared))
     print('decay of act(x):      ' + ', '.join(f'{h.activation} {_power(h.activation_decay)}' for h in compared))
     worst = max(h.error for h in compared)
-    print(f'largest difference from the closed form: {worst:.1e} of the largest harmonic')
+    print(f'largest difference from the closed form: {worst:.1e} of the largest harmonic\n{args.output / "theory.csv"}')
+    _save(args, 'theory', lambda: draw_theory(maps))
     return 0 if worst < 1e-6 else 1
 
 
@@ -384,33 +464,116 @@ def _power(rate: float) -> str:
     return 'faster than any power' if rate == math.inf else f'n^-{rate:.2f}'
 
 
+def _add_learn(commands) -> None:
+    parser = _command(commands, 'learn', 'what is learned at which frequency, and when, by gate', _run_learn)
+    parser.set_defaults(output=Path('output/freq-learn'))
+    parser.add_argument(
+        '--tasks', nargs='+', metavar='TASK',
+        help='regression (a sum of sinusoids), pattern-white, pattern-pink, texture-white, texture-pink (images of '
+             'which each band of frequencies carries one bit) (default: all)')
+    parser.add_argument(
+        '--variants', nargs='+', metavar='NAME',
+        help='ACTIVATION for f(z), ACTIVATION*x for the gate f(z) * z, ACTIVATION*v for f(z) * v with v from a second '
+             'linear map; any activation of timm (default: identity relu relu6 gelu identity*x relu*x relu6*x gelu*x '
+             'gelu*v for the regression, some of them for images)')
+    parser.add_argument('--seeds', type=int, nargs='+', default=list(range(10)), help='(default: 0 to 9)')
+    parser.add_argument(
+        '--learning-rates', type=float, nargs='+', default=[1e-3, 3e-3, 1e-2, 3e-2], metavar='LR',
+        help='what is tried for each variant with seeds of its own, and beyond if the best is the first or the last '
+             '(default: 0.001 0.003 0.01 0.03)')
+    parser.add_argument('--steps', type=int, default=500, help='of a training (default: %(default)s)')
+    parser.add_argument(
+        '--scale', type=float, default=1.,
+        help='standard deviation of what enters the activation at the start (default: %(default)g)')
+    _add_figures(parser)
+
+
+def _run_learn(args: argparse.Namespace) -> None:
+    """Train small networks with different gates side by side, and compare what they learn at which frequency.
+
+    Writes the curves of each task, the choice of learning rates, and paired comparisons of the gates, corrected for
+    their number. A repeated call goes on; --force replaces runs of other settings.
+    """
+    from gmnet_timm.frequency.extras import require_matplotlib
+    from gmnet_timm.frequency.learn import TASKS, Settings, format_summary, run_learn
+    from gmnet_timm.frequency.plots import draw_learning
+
+    tasks = tuple(args.tasks or TASKS)
+    if not args.no_figure:
+        require_matplotlib()
+    settings = Settings(
+        seeds=tuple(args.seeds), learning_rates=tuple(args.learning_rates), steps=args.steps, scale=args.scale)
+    runs = run_learn(args.output, settings, tasks, args.variants, args.force)
+    print(f'\n{format_summary(runs)}\n\n{args.output / "comparisons.csv"} and other tables beside it')
+    for task in tasks:
+        found = [run for run in runs if run['task'] == task]
+        _save(args, f'learn-{task}', lambda found=found: draw_learning(found), force=True)
+
+
 def _add_study(commands) -> None:
     parser = _command(
-        commands, 'study', "band accuracy by epoch of the paper's models on photographs", _run_study, force=False)
+        commands, 'study', 'do gates use high frequencies better than activations? trainings, tests and power',
+        _run_study, force=False)
     parser.set_defaults(output=Path('output/freq-study'))
-    parser.add_argument('--seeds', type=int, nargs='+', default=list(range(5)), help='(default: 0 1 2 3 4)')
-    parser.add_argument('--families', nargs='+', choices=['resnet18', 'gmnet_s1'], help='(default: all)')
-    parser.add_argument('--epochs', type=int, default=10, help='(default: %(default)s)')
-    parser.add_argument('--patches', type=int, default=128, help='per photograph (default: %(default)s)')
-    parser.add_argument('--radii', type=float, nargs='+', default=[3., 10.], help='in cycles per patch')
+    parser.add_argument(
+        '--data-dir', type=Path, metavar='DIR',
+        help='image folder with train and validation, such as ImageNet (default: patches of the photographs)')
+    parser.add_argument(
+        '--img-size', type=int, metavar='PIXELS',
+        help="side of the images, from 224 on with the paper's networks (default: 56, 224 with --data-dir)")
+    parser.add_argument(
+        '--radii', type=float, nargs='+', metavar='R',
+        help='in cycles per image (default: 1 2 3 4 6 9 14 for 56 pixels, in proportion for other sizes)')
+    parser.add_argument('--seeds', type=int, nargs='+', default=list(range(10)), help='(default: 0 to 9)')
+    parser.add_argument(
+        '--tuning-seeds', type=int, default=2, metavar='N',
+        help='further seeds to choose each learning rate with (default: %(default)s)')
+    parser.add_argument(
+        '--learning-rates', type=float, nargs='+', default=[3e-3, 1e-2, 3e-2], metavar='LR',
+        help='to choose from (default: 0.003 0.01 0.03)')
+    parser.add_argument('--bodies', nargs='+', choices=['ResNet', 'MobileNetV2'], help='(default: both)')
+    parser.add_argument(
+        '--variants', nargs='+', metavar='VARIANT', help='such as "ReLU(x)" "x·x" (default: those of docs/study.md)')
+    parser.add_argument('--epochs', type=int, default=5, help='(default: %(default)s)')
+    parser.add_argument('--batch-size', type=int, default=32, help='(default: %(default)s)')
+    parser.add_argument('--workers', type=int, default=8, help='processes that load images (default: %(default)s)')
     parser.add_argument('--device', default='auto', help='(default: a GPU if there is one)')
 
 
 def _run_study(args: argparse.Namespace) -> None:
-    """Train the paper's subjects on photographs and draw their band accuracy by epoch. A repeated call goes on."""
+    """Train small networks with each activation and gate, and compare them on low-pass and high-pass images.
+
+    A repeated call goes on where the last one stopped. Writes tables, report.md and figures.
+    """
     import torch
 
     from gmnet_timm.device import resolve_device
+    from gmnet_timm.frequency.extras import require_matplotlib, require_scipy
     from gmnet_timm.frequency.split import check_corner
-    from gmnet_timm.frequency.study import SUBJECTS, StudySettings, format_summary, run_study
+    from gmnet_timm.frequency.study import StudySettings, run_study
+    from gmnet_timm.frequency.study_data import FolderData, PhotoData
+    from gmnet_timm.frequency.study_models import STUDIED, VARIANTS
+    from gmnet_timm.frequency.study_report import write_report
 
-    check_corner(args.radii, (64, 64))
-    if args.epochs < 2 or args.patches < 4:
-        raise UserError('The study needs at least 2 epochs (the first is the warm-up) and 4 patches a photograph.')
+    require_matplotlib()
+    require_scipy('stats')
+    size = args.img_size or (224 if args.data_dir else 56)
+    radii = tuple(args.radii or (radius * size / 56 for radius in StudySettings.radii))
+    check_corner(radii, (size, size))
+    if args.epochs < 2 or args.batch_size < 2 or len(set(args.seeds)) < 2 or args.tuning_seeds < 1:
+        raise UserError('The study needs at least 2 epochs (the first is the warm-up), 2 images per batch, 2 seeds to '
+                        'compare and 1 to tune.')
     device = torch.device(resolve_device(args.device))
-    settings = StudySettings(epochs=args.epochs, patches=args.patches, radii=tuple(args.radii))
-    summary = run_study(args.output, settings, args.seeds, args.families or tuple(SUBJECTS), device)
-    print(f'\n{format_summary(summary)}\n\n{args.output / "summary.csv"} and figures beside it')
+    data = FolderData(args.data_dir, size, args.batch_size, args.workers) if args.data_dir \
+        else PhotoData(size, batch_size=args.batch_size)
+    unknown = [variant for variant in args.variants or () if variant not in VARIANTS]
+    if unknown:
+        raise UserError(f'There is no variant {listed(unknown)}. Variants: {", ".join(VARIANTS)}.')
+    pairs = [(body, variant) for body in args.bodies or STUDIED for variant in args.variants or STUDIED[body]]
+    run_study(
+        args.output, data, StudySettings(radii, args.epochs), pairs, args.learning_rates, args.seeds,
+        args.tuning_seeds, device)
+    print(f'\n{write_report(args.output)}\n{args.output / "report.md"} and figures beside it')
 
 
 def _add_explore(commands) -> None:
@@ -457,6 +620,30 @@ def _run_explore(args: argparse.Namespace) -> None:
         subjects, data, device, args.workers, stated=tuple(stated_words(args)), stated_names=tuple(name_words),
         stated_data=tuple(data_words))
     serve(about, args.host, args.port)
+
+
+def _add_paper(commands) -> None:
+    parser = _command(
+        commands, 'paper', "a script that makes a figure of the paper's frequency analysis, for ImageNet", _run_paper,
+        output=False)
+    parser.add_argument(
+        'figure', help="resnet18 or mobilenetv2 (learning curves), activations or gates (tables of GmNet-S3)")
+    parser.add_argument('--data-dir', metavar='DIR', help='folder of ImageNet (default: $IMAGENET)')
+    parser.add_argument('--gpus', type=int, default=1, help='GPUs of this machine (default: 1)')
+    parser.add_argument('--batch-size', type=int, default=256, help='images per GPU and forward pass (default: 256)')
+    parser.add_argument(
+        '--train-flags', default='', metavar='FLAGS', help="further flags of train.py, as in --train-flags='--amp'")
+
+
+def _run_paper(args: argparse.Namespace) -> None:
+    """Print a bash script that trains the models of a figure, evaluates them and draws it: pipe it into bash.
+
+    Run again, it resumes each training after its last finished epoch.
+    """
+    from gmnet_timm.training.paper import figure_script
+    from gmnet_timm.training.recipe import plan_layout
+
+    print(figure_script(args.figure, plan_layout(args.gpus, args.batch_size), args.data_dir, args.train_flags), end='')
 
 
 def _command(commands, name: str, text: str, run, output: bool = True, force: bool = True) -> argparse.ArgumentParser:

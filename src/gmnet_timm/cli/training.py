@@ -21,7 +21,8 @@ def _add_recipe(commands) -> None:
         description=_run_recipe.__doc__,
     )
     parser.add_argument('model', nargs='?', help='model name')
-    parser.add_argument('--recipe', default='imagenet', help='imagenet, imagenet-fast or finetune (default: imagenet)')
+    parser.add_argument(
+        '--recipe', default='imagenet', help='imagenet, imagenet-fast, finetune or frequency (default: imagenet)')
     parser.add_argument('--gpus', type=int, default=1, help='GPUs over all nodes (default: 1)')
     parser.add_argument('--nodes', type=int, default=1, help='machines (default: 1)')
     parser.add_argument('--batch-size', type=int, default=256, help='images per GPU and forward pass (default: 256)')

@@ -11,10 +11,10 @@ from torch import nn
 from gmnet_timm.errors import UserError
 from gmnet_timm.frequency.progress import progress
 from gmnet_timm.frequency.split import check_radii, frequency_bands, restore, spectrum_of
+from gmnet_timm.frequency.statistics import wilson_interval
 
 __all__ = [
     'BANDS', 'Band', 'BandAccuracy', 'BandSplit', 'SplitOptions', 'band_images', 'evaluate_bands', 'list_bands',
-    'wilson_interval',
 ]
 
 SPACES = ('normalized', 'pixels')
@@ -98,26 +98,6 @@ class BandAccuracy:
             row[f'correct{k}'] = correct
         row['count'] = self.count
         return row
-
-
-def wilson_interval(correct: int, count: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's interval of a proportion: 95 % of such intervals contain the true proportion.
-
-    The images count as a random sample. The result of a second sample of the same size lies in the interval of the
-    first less often, in 83 % of cases, since both vary.
-
-    Args:
-        correct: Number of successes.
-        count: Number of trials.
-        z: Quantile of the normal distribution, by default for 95 %.
-
-    Returns:
-        Lower and upper bound, from 0 to 1.
-    """
-    p = correct / count
-    centre = (p + z * z / (2 * count)) / (1 + z * z / count)
-    half = z / (1 + z * z / count) * (p * (1 - p) / count + z * z / (4 * count * count)) ** .5
-    return max(0., centre - half), min(1., centre + half)
 
 
 def list_bands(radii: Sequence[float], kinds: Sequence[str] = ('low', 'high')) -> list[Band]:

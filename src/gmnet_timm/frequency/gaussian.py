@@ -12,7 +12,7 @@ import torch
 
 from gmnet_timm.frequency.split import bin_power
 
-__all__ = ['predict_independent', 'predict_pointwise']
+__all__ = ['power_law', 'predict_independent', 'predict_pointwise']
 
 TERMS = 24
 
@@ -59,6 +59,14 @@ def predict_independent(gate: torch.Tensor, value: torch.Tensor, width: int) -> 
         Mean over channels, (bins,), float64.
     """
     return _radial(_autocorrelation(gate.double().cpu(), width) * _autocorrelation(value.double().cpu(), width))
+
+
+def power_law(size: int, exponent: float) -> torch.Tensor:
+    """Power spectrum (1, size, size // 2 + 1) of maps of variance 1 and mean 0 with amplitudes 1 / radius^exponent."""
+    v, u = torch.fft.fftfreq(size, 1 / size).double(), torch.fft.rfftfreq(size, 1 / size).double()
+    power = (v[:, None] ** 2 + u ** 2).clamp(min=1) ** -exponent
+    power[0, 0] = 0
+    return power[None] / _autocorrelation(power[None], size)[:, :1, :1]
 
 
 def _autocorrelation(power: torch.Tensor, width: int) -> torch.Tensor:

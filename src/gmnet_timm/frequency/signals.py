@@ -45,6 +45,11 @@ class Signal:
         """Energy beyond the cutoff over energy up to it, without the mean; NaN for maps without both."""
         return high_low_ratio(self.power.mean(0), self.cutoff)
 
+    @property
+    def high_low_ratios(self) -> list[float]:
+        """The same of each image."""
+        return [high_low_ratio(power, self.cutoff) for power in self.power]
+
 
 @dataclasses.dataclass(frozen=True)
 class GateStatistics:
@@ -63,6 +68,8 @@ class GateStatistics:
         predicted: Power of each radial bin by theory, (bins,), None where there is none.
         theory: 'gaussian' for a function of one input that is taken as Gaussian, 'independent' for two operands that
             are taken as independent.
+        value_mean: Mean of each channel of the value operand, (C,), which theory takes.
+        value_power: Its power spectrum by channel, (C, H, W // 2 + 1), which theory takes.
     """
 
     pre_gate_std: float
@@ -74,6 +81,8 @@ class GateStatistics:
     aliased: float
     predicted: torch.Tensor | None
     theory: str
+    value_mean: torch.Tensor
+    value_power: torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,254 +1,342 @@
-"""The study: band accuracy by epoch of ResNet18's and GmNet's gates on photographs, over several seeds.
+"""The study: do gates use high frequencies better than activations do, in small ResNets and MobileNetV2s?
 
-What varies with the seed is everything random in training: initialisation, order and augmentation. The patches are the
-same for all, so that the intervals say how far another training on these photographs could lie, and nothing about other
-photographs.
+Mean and contrast of an image carry nothing: every image is standardised by its own, in training and in evaluation, and
+again after its frequencies were filtered. Everything random is drawn anew for each seed (initialisation, training
+patches, test patches) and is the same for all variants, so that variants are compared in pairs.
+
+First the learning rate of each variant is chosen by one rule: the highest mean accuracy on unfiltered tuning images in
+the last epoch, of a few seeds that are used for nothing else; of equal ones, the smallest. The same runs give the
+standard deviation from which the power of the comparisons is computed before they are made.
 """
 import dataclasses
+import itertools
 import json
 import math
+import platform
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.utils import random_seed
+from torch import nn
 
 from gmnet_timm import __version__
-from gmnet_timm.demo.loop import create_patch_loader, create_schedule, train_epoch
-from gmnet_timm.demo.photos import PhotoPatches, prepare_photo_patches
+from gmnet_timm.demo.loop import create_schedule, train_epoch
 from gmnet_timm.errors import UserError
-from gmnet_timm.frequency.bands import SplitOptions, evaluate_bands
-from gmnet_timm.frequency.data import create_band_loader
-from gmnet_timm.frequency.extras import require_matplotlib, require_scipy
-from gmnet_timm.frequency.plots import draw_band_curves, save_figure
-from gmnet_timm.frequency.reports import write_csv, write_json
+from gmnet_timm.files import replacing
+from gmnet_timm.frequency.reports import read_csv, write_csv, write_json
+from gmnet_timm.frequency.split import check_corner, split_frequencies
+from gmnet_timm.frequency.study_data import Batches, StudyData, TrainingBatches, standardize
+from gmnet_timm.frequency.study_models import create_study_model, measure_gates
+from gmnet_timm.frequency.study_report import power_rows
 
-__all__ = ['SUBJECTS', 'StudySettings', 'format_summary', 'run_study', 'summarize']
+__all__ = ['BANDS', 'Run', 'StudySettings', 'condition_images', 'control_accuracies', 'run_study']
 
-# family -> label -> model and its arguments
-SUBJECTS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {
-    'resnet18': {
-        'ReLU(x)': ('resnet18', {}),
-        'x·x': ('resnet18_ewp', {}),
-        'ReLU6(x)·x': ('resnet18_gate_relu6', {}),
-        'GELU(x)·x': ('resnet18_gate_gelu', {}),
-    },
-    'gmnet_s1': {
-        'σ = identity': ('gmnet_s1', dict(act_layer='identity')),
-        'σ = ReLU': ('gmnet_s1', dict(act_layer='relu')),
-        'σ = ReLU6': ('gmnet_s1', dict(act_layer='relu6')),
-        'σ = GELU': ('gmnet_s1', dict(act_layer='gelu')),
-    },
-}
+FIRST_TUNING_SEED = 1000
+MOST_CONTROL_BATCHES = 100  # the nearest of ImageNet's million would take hours
 
-# after the last epoch, the high part is also shown to the model with what it lacks: its mean, then contrast too
-_LAST_EPOCH = {
-    'high+m': SplitOptions(keep_dc=True),
-    'high+m+c': SplitOptions(keep_dc=True, restore_contrast=True),
+# filtered images, by how they differ
+BANDS = {
+    'low': 'low-pass, standardised again',
+    'high': 'high-pass, standardised again',
+    'high-shifted': 'as high, with the mean of another image',
+    'high-faint': "high-pass as the paper's definition leaves it: without mean, with less contrast",
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class StudySettings:
-    """What decides the numbers of a run beside its model and its seed.
+    """What decides the numbers of a run beside its variant, learning rate, seed and images.
 
-    A radius counts cycles over the patch of 64 pixels. 10 is the paper's for its learning curves, the same in cycles
-    per image; 3 is the same in cycles per pixel as 10 in the paper's 224 pixels (10 * 64 / 224 = 2.9).
+    Radii are in cycles per image. In patches of 56 pixels, 3, 6 and 9 match in cycles per pixel the 12, 24 and 36 of
+    the paper's images of 224 pixels.
     """
 
-    epochs: int = 10
-    patches: int = 128  # training patches of each of the eight photographs, a quarter as many for validation
-    radii: tuple[float, ...] = (3., 10.)
-    batch_size: int = 32
-    lr: float = 3e-3
-    weight_decay: float = .05
+    radii: tuple[float, ...] = (1., 2., 3., 4., 6., 9., 14.)
+    epochs: int = 5
     warmup_epochs: int = 1
+    weight_decay: float = .05
     smoothing: float = .1
-    scale: tuple[float, float] = (.6, 1.)  # area of the random crops
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    body: str
+    variant: str
+    lr: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """For files."""
+        plain = self.variant.translate(str.maketrans('·/', '._', '()'))
+        return f'{self.body}-{plain}-lr{self.lr:g}-seed{self.seed}'
 
 
 def run_study(
         output: Path,
-        settings: StudySettings = StudySettings(),
-        seeds: Sequence[int] = (0, 1, 2, 3, 4),
-        families: Sequence[str] = tuple(SUBJECTS),
+        data: StudyData,
+        settings: StudySettings,
+        pairs: Sequence[tuple[str, str]],
+        learning_rates: Sequence[float],
+        seeds: Sequence[int],
+        tuning_seeds: int = 2,
         device: torch.device = torch.device('cpu'),  # noqa: B008, immutable
-        log=print,
-) -> list[dict[str, Any]]:
-    """Train each model with each seed, evaluate its bands after each epoch, and draw what came out.
-
-    A finished run is a file in `output`/runs, which a later call does not repeat.
+        log: Callable[[str], None] = print,
+) -> None:
+    """Choose learning rates, train and test. A finished run is a file in `output`/runs, later calls do not repeat it.
 
     Args:
-        output: Folder for patches, runs, `bands.csv` (each run), `summary.csv` (mean and interval) and figures.
+        output: Folder for runs and for tables: `tuning.csv`, `accuracy.csv`, `gates.csv`, `confusion.csv`,
+            `controls.csv` and `study.json`.
+        data: Images.
         settings: Settings of all runs.
-        seeds: One run of each model for each.
-        families: Keys of `SUBJECTS`.
+        pairs: Body and variant of each network, keys of `study_models.BODIES` and `study_models.VARIANTS`.
+        learning_rates: To choose from.
+        seeds: One training of each network for each. They are trained seed by seed, so that what is finished
+            can be compared at any time.
+        tuning_seeds: Number of further seeds for each learning rate.
         device: Where to train.
         log: Takes a line for each run.
 
-    Returns:
-        The lines of the summary.
-
     Raises:
-        UserError: `output` holds runs of other settings.
+        UserError: `output` holds runs of other settings, a radius is beyond the corner of the spectrum, or a seed is
+            one of those for tuning.
     """
-    require_matplotlib()
-    runs = [
-        (family, label, seed, output / 'runs' / f'{_run_name(family, label)}-seed{seed}.json')
-        for seed in seeds for family in families for label in SUBJECTS[family]
-    ]
-    finished = {path: _read_run(path, settings) for *_, path in runs if path.is_file()}
-    data = prepare_photo_patches(output / 'data', patches=settings.patches)
-    rows: list[dict[str, Any]] = []
-    for i, (family, label, seed, path) in enumerate(runs):
-        run = finished.get(path)
-        if run is None:
-            run = _run(*SUBJECTS[family][label], seed, settings, data, device)
-            write_json(run, path)
-            log(f'{i + 1}/{len(runs)} {path.stem}: {run["seconds"]:.0f} s')
-        rows += [dict(family=family, label=label, model=_run_name(family, label), seed=seed, **r) for r in run['bands']]
-    write_csv(rows, output / 'bands.csv')
-    summary = summarize(rows)
-    write_csv(summary, output / 'summary.csv')
-    for family in families:
-        seeds_text = f'mean of {len(seeds)} seeds and its 95 % interval' if len(seeds) > 1 else 'one seed'
-        figure = draw_band_curves(
-            _curves(summary, family), f'{family} on patches of photographs, {seeds_text}', 100 / len(data.classes))
-        save_figure(figure, output / f'{family}.png')
-    return summary
+    check_corner(settings.radii, (data.size, data.size))
+    if not all(0 <= seed < FIRST_TUNING_SEED for seed in seeds):
+        raise UserError(f'Seeds must be from 0 to {FIRST_TUNING_SEED - 1}, those beyond are for tuning.')
+    study = _Study(output, data, settings, device, log)
+    tuning = [
+        Run(body, variant, lr, FIRST_TUNING_SEED + i)
+        for i in range(tuning_seeds) for body, variant in pairs for lr in learning_rates]
+    tuned = {run: study.result(run, 'tune', i, len(tuning)) for i, run in enumerate(tuning)}
+    chosen = {pair: _choose(pair, learning_rates, tuned) for pair in pairs}
+    write_csv([
+        dict(dataclasses.asdict(run), **row, chosen=int(run.lr == chosen[run.body, run.variant]))
+        for run, result in tuned.items() for row in result['accuracy']], output / 'tuning.csv')
+    power = power_rows(read_csv(output / 'tuning.csv'), len(seeds))
+    write_csv(power, output / 'power.csv')
+    for row in power:
+        log(f'{row["body"]}: {len(seeds)} seeds find a difference of {row["detectable"]} points in high-pass accuracy '
+            'in four of five studies')
+    runs = [Run(body, variant, chosen[body, variant], seed) for seed in seeds for body, variant in pairs]
+    results = {run: study.result(run, 'test', i, len(runs)) for i, run in enumerate(runs)}
+    for name in ('accuracy', 'gates'):
+        write_csv(
+            [dict(dataclasses.asdict(run), **row) for run, result in results.items() for row in result[name]],
+            output / f'{name}.csv')
+    write_csv(study.confusion(runs), output / 'confusion.csv')
+    write_csv([dict(seed=seed, **row) for seed in seeds for row in control_accuracies(data, settings.radii, seed)],
+              output / 'controls.csv')
+    write_json(dict(
+        study.record,
+        classes=list(data.classes),
+        parameters={run.body: result['parameters'] for run, result in results.items()},
+        seeds=list(seeds),
+        tuning_seeds=tuning_seeds,
+        learning_rates=list(learning_rates),
+        seconds=round(sum(result['seconds'] for result in [*tuned.values(), *results.values()])),
+        command=['gmnet-timm', *sys.argv[1:]],
+        **_machine(device),
+    ), output / 'study.json')
 
 
-def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean over seeds of each model, epoch and band, with its 95 % interval by Student's t.
+def condition_images(
+        images: torch.Tensor,
+        radii: Sequence[float],
+) -> Iterator[tuple[str, float | None, torch.Tensor]]:
+    """Band, radius and images as the network sees them: unfiltered ('raw', None), then the bands of each radius.
 
-    One seed has no interval: the columns of it are empty.
-
-    Raises:
-        MissingExtraError: scipy is not installed.
+    Args:
+        images: Images (B, C, H, W) in random order, normalised by mean and standard deviation of the whole data.
+        radii: In cycles per image.
     """
-    student = require_scipy('stats').t
-    columns = ('family', 'label', 'model', 'epoch', 'band', 'radius')
-    groups: dict[tuple[Any, ...], list[float]] = {}
-    for row in rows:
-        groups.setdefault(tuple(row[column] for column in columns), []).append(row['top1'])
-    summary = []
-    for key, values in groups.items():
-        n = len(values)
-        mean = sum(values) / n
-        variance = sum((value - mean) ** 2 for value in values) / max(1, n - 1)
-        half = student.ppf(.975, n - 1) * math.sqrt(variance / n) if n > 1 else None
-        summary.append(dict(
-            zip(columns, key, strict=True),
-            seeds=n,
-            top1=round(mean, 2),
-            ci95_half_width='' if half is None else round(half, 2),
-            top1_low='' if half is None else round(max(0., mean - half), 2),
-            top1_high='' if half is None else round(min(100., mean + half), 2),
-        ))
-    return summary
+    x = standardize(images)
+    mean_of_another = images.mean((-2, -1), keepdim=True).roll(1, 0)
+    yield 'raw', None, x
+    for radius in radii:
+        low, high = split_frequencies(x, radius)
+        yield 'low', radius, standardize(low)
+        yield 'high', radius, standardize(high)
+        yield 'high-shifted', radius, standardize(high) + mean_of_another
+        yield 'high-faint', radius, high
 
 
-def format_summary(summary: Sequence[dict[str, Any]]) -> str:
-    """The last epoch of each model as a table."""
-    last = max(row['epoch'] for row in summary)
-    final = [row for row in summary if row['epoch'] == last]
-    bands = list(dict.fromkeys((row['band'], row['radius']) for row in final))
-    lines = [f'{"top-1 %, epoch " + str(last):<28}' + ''.join(f'{band + " " + radius:>13}' for band, radius in bands)]
-    for family, label in dict.fromkeys((row['family'], row['label']) for row in final):
-        cells = [
-            f'{row["top1"]:.1f}' + ('' if row['ci95_half_width'] == '' else f' ±{row["ci95_half_width"]:.1f}')
-            for band in bands for row in final
-            if (row['family'], row['label'], row['band'], row['radius']) == (family, label, *band)
-        ]
-        lines.append(f'{family + " " + label:<28}' + ''.join(f'{cell:>13}' for cell in cells))
-    lines += ['', 'high+m: with the mean of the image, high+m+c: with its contrast too; radii in cycles per patch.']
-    return '\n'.join(lines)
+def control_accuracies(data: StudyData, radii: Sequence[float], seed: int) -> list[dict[str, Any]]:
+    """How well mean and contrast alone tell the classes: top-1 of the nearest neighbour, for the images of each band.
 
+    `normalized` are the images without any of the study's standardisation. Numbers are rounded to four decimals: what
+    is left is rounding, which no network uses.
+    """
+    def features(batches: Batches) -> tuple[dict[tuple[str, Any], torch.Tensor], torch.Tensor]:
+        found: dict[tuple[str, Any], list[torch.Tensor]] = {}
+        labels = []
+        for images, targets in batches:
+            labels.append(targets)
+            for band, radius, x in [('normalized', None, images), *condition_images(images, radii)]:
+                values = torch.cat([x.mean((-2, -1)), x.std((-2, -1), correction=0)], 1)
+                found.setdefault((band, radius), []).append(values)
+        return {key: torch.cat(values).double().round(decimals=4) for key, values in found.items()}, torch.cat(labels)
 
-def _run_name(family: str, label: str) -> str:
-    model, model_args = SUBJECTS[family][label]
-    return '-'.join([model, *model_args.values()])
-
-
-def _as_json(settings: StudySettings) -> dict[str, Any]:
-    return json.loads(json.dumps(dataclasses.asdict(settings)))  # lists for tuples
-
-
-def _read_run(path: Path, settings: StudySettings) -> dict[str, Any]:
-    run = json.loads(path.read_text())
-    if run['settings'] != _as_json(settings):
-        raise UserError(f'{path} is a run of other settings ({run["settings"]}). Choose another folder.')
-    return run
-
-
-def _run(
-        model: str,
-        model_args: dict[str, Any],
-        seed: int,
-        settings: StudySettings,
-        data: PhotoPatches,
-        device: torch.device,
-) -> dict[str, Any]:
-    """One training with its results and what is needed to repeat it."""
-    start = time.perf_counter()
-    bands = _train_and_evaluate(model, model_args, seed, settings, data, device)
-    return dict(
-        model=model,
-        model_args=model_args,
-        seed=seed,
-        settings=_as_json(settings),
-        options={
-            band: dataclasses.asdict(options) for band, options in {'high': SplitOptions(), **_LAST_EPOCH}.items()},
-        seconds=round(time.perf_counter() - start, 1),
-        device=str(device),
-        threads=torch.get_num_threads(),
-        versions=dict(gmnet_timm=__version__, timm=timm.__version__, torch=torch.__version__),
-        bands=bands,
-    )
-
-
-def _train_and_evaluate(
-        name: str,
-        model_args: dict[str, Any],
-        seed: int,
-        settings: StudySettings,
-        data: PhotoPatches,
-        device: torch.device,
-) -> list[dict[str, Any]]:
-    """Lines of `BandAccuracy.as_row` for each epoch."""
-    random_seed(seed)
-    model = timm.create_model(name, in_chans=1, num_classes=len(data.classes), **model_args)
-    model.to(device).to(memory_format=torch.channels_last)
-    optimizer = create_optimizer_v2(model, opt='adamw', lr=settings.lr, weight_decay=settings.weight_decay)
-    config: dict[str, Any] = dict(
-        input_size=(1, 64, 64), mean=(data.mean,), std=(data.std,), interpolation='bilinear', crop_pct=1.)
-    loader = create_patch_loader(str(data.root), 'train', config, settings.batch_size, device, settings.scale)
-    validation = create_band_loader(str(data.root), config, num_classes=len(data.classes), batch_size=200, workers=0)
-    scheduler = create_schedule(optimizer, settings.epochs, settings.warmup_epochs, len(loader))
-    criterion = LabelSmoothingCrossEntropy(settings.smoothing)
+    known, known_labels = features(itertools.islice(data.training(seed), MOST_CONTROL_BATCHES))
+    asked, labels = features(itertools.islice(data.evaluation('test', seed), MOST_CONTROL_BATCHES))
     rows = []
-    for epoch in range(settings.epochs):
-        train_epoch(model, loader, criterion, optimizer, scheduler, epoch)
-        for result in evaluate_bands(model.eval(), validation, settings.radii, show_progress=False):
-            rows.append(dict(epoch=epoch + 1, **result.as_row()))
-    for band, options in _LAST_EPOCH.items():
-        results = evaluate_bands(model, validation, settings.radii, options=options, show_progress=False)
-        rows += [
-            {**result.as_row(), 'epoch': epoch + 1, 'band': band} for result in results if result.band.kind == 'high']
+    for (band, radius), x in asked.items():
+        nearest = torch.cdist(x, known[band, radius], compute_mode='donot_use_mm_for_euclid_dist').argmin(1)
+        rows.append(_row(band, radius, int((known_labels[nearest] == labels).sum()), len(labels)))
     return rows
 
 
-def _curves(summary: Sequence[dict[str, Any]], family: str) -> Any:
-    curves: dict[str, dict[tuple[str, str], list[tuple[float, ...]]]] = {}
-    for row in summary:
-        if row['family'] == family:
-            points = curves.setdefault(row['label'], {}).setdefault((row['band'], row['radius']), [])
-            values = (math.nan if row[key] == '' else row[key] for key in ('top1', 'top1_low', 'top1_high'))
-            points.append((row['epoch'], *values))
-    return curves
+class _Study:
+    """Runs and their files."""
+
+    def __init__(self, output: Path, data: StudyData, settings: StudySettings, device: torch.device, log):
+        self.folder, self.data, self.settings, self.device, self.log = output / 'runs', data, settings, device, log
+        self.record: dict[str, Any] = json.loads(json.dumps(dict(  # lists for tuples
+            settings=dataclasses.asdict(settings), data=data.description)))
+
+    def result(self, run: Run, part: str, index: int, total: int) -> dict[str, Any]:
+        """Of a run that is finished, or of one that is trained now and tested on a part of the images."""
+        path = self.folder / f'{run.name}.json'
+        if path.is_file():
+            result = json.loads(path.read_text())
+            if {key: result[key] for key in self.record} != self.record:
+                raise UserError(f'{path} is a run of other settings or images. Choose another folder by --output.')
+            return result
+        start = time.perf_counter()
+        result = self._run(run, part)
+        result = dict(
+            dataclasses.asdict(run), part=part, seconds=round(time.perf_counter() - start, 2), **result, **self.record,
+            **_machine(self.device))
+        write_json(result, path)
+        raw = result['accuracy'][0]
+        self.log(f'{part} {index + 1}/{total} {run.name}: {100 * raw["correct"] / raw["count"]:.1f} % of unfiltered '
+                 f'images, {result["seconds"]:.0f} s')
+        return result
+
+    def _run(self, run: Run, part: str) -> dict[str, Any]:
+        random_seed(run.seed)
+        model, replaced = create_study_model(
+            run.body, run.variant, self.data.size, self.data.channels, len(self.data.classes))
+        model.to(self.device).to(memory_format=torch.channels_last)
+        _train(model, self.data.training(run.seed), run.lr, self.settings, self.device)
+        labels, predicted = _predict(
+            model.eval(), self.data.evaluation(part, run.seed), self.settings.radii, self.device)
+        self._write_predictions(run, labels, predicted)
+        images = standardize(next(iter(self.data.evaluation(part, run.seed)))[0]).to(self.device)
+        return dict(
+            parameters=sum(p.numel() for p in model.parameters()),
+            gates=[dict(gate=i, **dataclasses.asdict(gate))
+                   for i, gate in enumerate(measure_gates(model, replaced, images, run.variant))],
+            accuracy=[_row(band, radius, int((values == labels).sum()), len(labels))
+                      for (band, radius), values in predicted.items()])
+
+    def _write_predictions(
+            self,
+            run: Run,
+            labels: torch.Tensor,
+            predicted: dict[tuple[str, Any], torch.Tensor],
+    ) -> None:
+        arrays: dict[str, Any] = {_key(*key): values.short().numpy() for key, values in predicted.items()}
+        with replacing(self.folder / f'{run.name}.npz') as path:
+            np.savez_compressed(path, labels=labels.short().numpy(), **arrays)
+
+    def confusion(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
+        """Confusion matrices over all seeds, of unfiltered images and of both bands at the radius in the middle."""
+        middle = sorted(self.settings.radii)[len(self.settings.radii) // 2]
+        keys = [('raw', None), ('low', middle), ('high', middle)]
+        classes = len(self.data.classes)
+        counts: dict[tuple[Any, ...], np.ndarray] = {}
+        for run in runs:
+            with np.load(self.folder / f'{run.name}.npz') as saved:
+                for band, radius in keys:
+                    cells = saved['labels'].astype(int) * classes + saved[_key(band, radius)]
+                    key = (run.body, run.variant, band, '' if radius is None else f'{radius:g}')
+                    counts[key] = counts.get(key, 0) + np.bincount(cells, minlength=classes ** 2)
+        return [
+            dict(zip(('body', 'variant', 'band', 'radius'), key), label=label, **dict(zip(self.data.classes, row)))
+            for key, matrix in counts.items()
+            for label, row in zip(self.data.classes, matrix.reshape(classes, classes).tolist())]
+
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{platform.machine()} CPU'
+    versions = dict(gmnet_timm=__version__, timm=timm.__version__, torch=torch.__version__)
+    return dict(device=name, threads=torch.get_num_threads(), versions=versions)
+
+
+def _key(band: str, radius: float | None) -> str:
+    return band if radius is None else f'{band} {radius:g}'
+
+
+def _row(band: str, radius: float | None, correct: int, count: int) -> dict[str, Any]:
+    return dict(band=band, radius='' if radius is None else f'{radius:g}', correct=correct, count=count)
+
+
+def _choose(pair: tuple[str, str], learning_rates: Sequence[float], tuned: dict[Run, dict[str, Any]]) -> float:
+    """The learning rate of a body and variant by the rule of this module."""
+    correct = dict.fromkeys(sorted(learning_rates), 0)
+    for run, result in tuned.items():
+        if (run.body, run.variant) == pair:
+            correct[run.lr] += result['accuracy'][0]['correct']
+    return max(correct, key=lambda lr: correct[lr])  # the first of equal ones
+
+
+def _train(
+        model: nn.Module,
+        batches: TrainingBatches,
+        lr: float,
+        settings: StudySettings,
+        device: torch.device,
+) -> None:
+    optimizer = create_optimizer_v2(model, opt='adamw', lr=lr, weight_decay=settings.weight_decay)
+    scheduler = create_schedule(optimizer, settings.epochs, settings.warmup_epochs, len(batches))
+    criterion = LabelSmoothingCrossEntropy(settings.smoothing)
+    standardized = _Standardized(batches, device)
+    for epoch in range(settings.epochs):
+        loss = train_epoch(model, standardized, criterion, optimizer, scheduler, epoch)['loss']
+        if not math.isfinite(loss):
+            break  # at chance from here on, which the choice of the learning rate sees
+
+
+@dataclasses.dataclass
+class _Standardized:
+    """Batches as the network sees them."""
+
+    batches: TrainingBatches
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Batches:
+        for images, labels in self.batches:
+            yield standardize(images.to(self.device, non_blocking=True)), labels.to(self.device, non_blocking=True)
+
+
+def _predict(
+        model: nn.Module,
+        batches: Batches,
+        radii: Sequence[float],
+        device: torch.device,
+) -> tuple[torch.Tensor, dict[tuple[str, float | None], torch.Tensor]]:
+    """Labels, and the predicted class of each image by band and radius."""
+    labels: list[torch.Tensor] = []
+    predicted: dict[tuple[str, float | None], list[torch.Tensor]] = {}
+    for images, targets in batches:
+        labels.append(targets)
+        with torch.inference_mode():
+            for band, radius, x in condition_images(images.to(device), radii):
+                logits = model(x.contiguous(memory_format=torch.channels_last))
+                predicted.setdefault((band, radius), []).append(logits.argmax(-1).cpu())
+    return torch.cat(labels), {key: torch.cat(values) for key, values in predicted.items()}

@@ -218,6 +218,8 @@ class GateTally:
             aliased=self.aliased[0] / self.aliased[1] if self.aliased[1] else math.nan,
             predicted=predicted,
             theory='independent' if self.function is None else 'gaussian',
+            value_mean=value.mean / images,
+            value_power=value.spectrum / images,
         )
 
     def _pre_gate_std(self) -> float:

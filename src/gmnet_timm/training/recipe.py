@@ -20,7 +20,7 @@ __all__ = [
 ]
 
 # recipe -> global batch size that its learning rates are for
-RECIPES = {'imagenet': 2048, 'imagenet-fast': 2048, 'finetune': 256}
+RECIPES = {'imagenet': 2048, 'imagenet-fast': 2048, 'finetune': 256, 'frequency': 2048}
 
 _LEARNING_RATES = ('lr', 'warmup_lr', 'min_lr')  # scaled alike, so that the schedule keeps its form
 
@@ -148,7 +148,7 @@ def compose_recipe(model: str, layout: Layout, recipe: str = 'imagenet', **value
     header = [f'# {model}, recipe {recipe}: {layout}.']
     if scale != 1:
         header.append(f'# Learning rates: {scale:g} times those for a global batch size of {RECIPES[recipe]}.')
-    if not model.startswith('gmnet_') and ':' not in model:
+    if recipe != 'frequency' and not model.startswith('gmnet_') and ':' not in model:
         header.append(f'# The recipe is made for GmNet, {model} is not one.')
     return '\n'.join([*header, '#', text])
 
