@@ -217,8 +217,9 @@ ARGV = ['--tasks', 'regression', '--variants', 'relu', 'relu*x', 'relu6*x', '--s
         '--learning-rates', '0.001', '0.01', '0.1', '--no-figure']
 
 
-def test_command_goes_on_where_it_stopped(tmp_path, capsys):
+def test_command_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     argv = ['freq', 'learn', *ARGV, '--output', str(tmp_path)]
+    monkeypatch.setattr(sys, 'argv', ['/bin/gmnet-timm', *argv])
     assert main(argv) == 0
     printed = capsys.readouterr().out
     assert printed.count(' learning rate ') == 3 and 'error high' in printed
@@ -229,7 +230,8 @@ def test_command_goes_on_where_it_stopped(tmp_path, capsys):
     assert [(row['first'], row['second']) for row in rows] == 2 * pairs  # of two outcomes
     assert {row['family'] for row in rows} == {'6'} and all(float(row['p_holm']) >= float(row['p']) for row in rows)
     conditions = json.loads((tmp_path / 'learn.json').read_text())
-    assert conditions['made_by'][0]['command'][:2] != [] and conditions['settings']['seeds'] == [0, 1, 2]
+    assert conditions['made_by'][0]['command'] == ['gmnet-timm', *argv]
+    assert conditions['settings']['seeds'] == [0, 1, 2]
     assert {row['chosen'] for row in _rows(tmp_path / 'tuning.csv')} == {'0', '1'}
 
     lost = tmp_path / 'runs' / 'regression-relu-x.json'

@@ -364,7 +364,7 @@ def _schedule(step: int, steps: int) -> float:
 def _made_by() -> dict[str, Any]:
     return dict(
         gmnet_timm=__version__, timm=timm.__version__, torch=torch.__version__, machine=platform.machine(),
-        threads=torch.get_num_threads(), command=sys.argv[1:])
+        threads=torch.get_num_threads(), command=['gmnet-timm', *sys.argv[1:]])
 
 
 def _conditions(runs: Sequence[dict[str, Any]], settings: Settings) -> dict[str, Any]:
