@@ -227,7 +227,7 @@ def conditions() -> str:
         f'Conditions: {len(settings["seeds"])} seeds ({settings["seeds"][0]} to {settings["seeds"][-1]}), learning '
         f'rates chosen on seeds {" and ".join(map(str, settings["tuning_seeds"]))}, {settings["steps"]} steps, '
         f'float32, {made["threads"]} thread of an {made["machine"]} CPU, torch {made["torch"]}, timm {made["timm"]}, '
-        f'`gmnet-timm {" ".join(made["command"][:2])}`.', WIDTH, break_on_hyphens=False)
+        f'`{" ".join(made["command"][:3])}`.', WIDTH, break_on_hyphens=False)
 
 
 def bullets(*sentences: str) -> str:
