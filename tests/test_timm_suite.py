@@ -35,7 +35,9 @@ def suite():
             pytest.skip(f'the source distribution of timm {timm.__version__} cannot be downloaded')
         assert download.returncode == 0, download.stderr
         with tarfile.open(CACHE / f'timm-{timm.__version__}.tar.gz') as archive:
-            archive.extractall(CACHE, filter='data')
+            # the argument `filter` is in the newest patch releases of Python 3.10 and 3.11 only
+            archive.extraction_filter = getattr(tarfile, 'data_filter', lambda member, path: member)
+            archive.extractall(CACHE)
     return folder / 'tests'
 
 

@@ -148,9 +148,9 @@ DAMAGE = {
     'cut off': (lambda folder: (folder / ONNX_NAME).write_bytes((folder / ONNX_NAME).read_bytes()[:9000]), ''),
     'no file': (lambda folder: (folder / ONNX_NAME).unlink(), f'There is no {ONNX_NAME}'),
     'no preprocessing': (lambda folder: (folder / PREPROCESSOR_NAME).unlink(), f'There is no {PREPROCESSOR_NAME}'),
-    'mean': (lambda folder: change_preprocessing(folder, image_mean=[.485, .456, .41]), 'prepares images otherwise'),
-    'resampling': (lambda folder: change_preprocessing(folder, resample=2), 'prepares images otherwise'),
-    'size': (lambda folder: change_preprocessing(folder, size={'shortest_edge': 64}), 'prepares images otherwise'),
+    'mean': (lambda folder: change_preprocessing(folder, image_mean=[.485, .456, .41]), 'prepares images differently'),
+    'resampling': (lambda folder: change_preprocessing(folder, resample=2), 'prepares images differently'),
+    'size': (lambda folder: change_preprocessing(folder, size={'shortest_edge': 64}), 'prepares images differently'),
     'no crop': (lambda folder: change_preprocessing(folder, crop_size=None), 'cannot be followed'),
 }
 
