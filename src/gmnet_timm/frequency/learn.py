@@ -24,7 +24,7 @@ from gmnet_timm.errors import UserError
 from gmnet_timm.frequency.extras import require_scipy
 from gmnet_timm.frequency.learn_network import Network, train_step
 from gmnet_timm.frequency.learn_tasks import EMPTY, IDEAL, TASKS, BandImages, Sinusoids, create_task
-from gmnet_timm.frequency.progress import progress
+from gmnet_timm.frequency.progress import log_line, progress
 from gmnet_timm.frequency.reports import write_csv, write_json
 from gmnet_timm.frequency.statistics import compare_pairs, mean_interval
 from gmnet_timm.frequency.variants import Variant
@@ -67,7 +67,7 @@ def run_learn(
         tasks: Sequence[str] = TASKS,
         variants: Sequence[str] | None = None,
         force: bool = False,
-        log: Callable[[str], None] = print,
+        log: Callable[[str], None] = log_line,
 ) -> list[dict[str, Any]]:
     """Train each variant on each task. A finished one is a file in `output`/runs, which a later call does not repeat.
 

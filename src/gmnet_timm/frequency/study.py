@@ -31,6 +31,7 @@ from gmnet_timm import __version__
 from gmnet_timm.demo.loop import create_schedule, train_epoch
 from gmnet_timm.errors import UserError
 from gmnet_timm.files import replacing
+from gmnet_timm.frequency.progress import log_line
 from gmnet_timm.frequency.reports import read_csv, write_csv, write_json
 from gmnet_timm.frequency.split import check_corner, split_frequencies
 from gmnet_timm.frequency.study_data import Batches, StudyData, TrainingBatches, standardize
@@ -91,7 +92,7 @@ def run_study(
         seeds: Sequence[int],
         tuning_seeds: int = 2,
         device: torch.device = torch.device('cpu'),  # noqa: B008, immutable
-        log: Callable[[str], None] = print,
+        log: Callable[[str], None] = log_line,
 ) -> None:
     """Choose learning rates, train and test. A finished run is a file in `output`/runs, later calls do not repeat it.
 
