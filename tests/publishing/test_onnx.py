@@ -151,6 +151,10 @@ DAMAGE = {
     'mean': (lambda folder: change_preprocessing(folder, image_mean=[.485, .456, .41]), 'prepares images differently'),
     'resampling': (lambda folder: change_preprocessing(folder, resample=2), 'prepares images differently'),
     'size': (lambda folder: change_preprocessing(folder, size={'shortest_edge': 64}), 'prepares images differently'),
+    'not normalized': (
+        lambda folder: change_preprocessing(folder, do_normalize=False), 'prepares images differently'),
+    'padded': (lambda folder: change_preprocessing(folder, do_pad=True), 'prepares images differently'),
+    'no JSON': (lambda folder: (folder / PREPROCESSOR_NAME).write_text('{'), 'cannot be followed'),
     'no crop': (lambda folder: change_preprocessing(folder, crop_size=None), 'cannot be followed'),
 }
 

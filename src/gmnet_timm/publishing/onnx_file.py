@@ -29,6 +29,8 @@ IMAGES, LOGITS = 'pixel_values', 'logits'  # names of input and output
 # Relative to the norm of the logits. The order of sums alone made up to 8e-7 (docs/ecosystem.md).
 _TOLERANCE = 1e-5
 _SCALES = (1., 8., 64.)  # of normal noise, see proof.py
+# The steps that `prepare` takes. transformers.js leaves out those that are not switched on.
+_STEPS = {'do_convert_rgb', 'do_resize', 'do_center_crop', 'do_rescale', 'do_normalize'}
 
 
 def require_onnx(*modules: str) -> None:
@@ -94,15 +96,11 @@ def preprocessor_config(data_config: dict[str, Any]) -> dict[str, Any]:
             'and for squash, with crop_pct up to 1.')
     resized = [math.floor(side / data_config['crop_pct']) for side in (height, width)]  # as timm rounds
     return {
-        'do_convert_rgb': True,
-        'do_resize': True,
+        **dict.fromkeys(sorted(_STEPS), True),
         'size': dict(height=resized[0], width=resized[1]) if squash else dict(shortest_edge=resized[0]),
         'resample': int(str_to_pil_interp(data_config['interpolation'])),
-        'do_center_crop': True,
         'crop_size': dict(height=height, width=width),
-        'do_rescale': True,
         'rescale_factor': 1 / 255,
-        'do_normalize': True,
         'image_mean': list(data_config['mean']),
         'image_std': list(data_config['std']),
     }
@@ -144,7 +142,13 @@ def find_difference(folder: Path, model: nn.Module, data_config: dict[str, Any])
     for name in (ONNX_NAME, PREPROCESSOR_NAME):
         if not (folder / name).is_file():
             return f'There is no {name}.'
-    config = json.loads((folder / PREPROCESSOR_NAME).read_text(encoding='utf-8'))
+    try:
+        config = json.loads((folder / PREPROCESSOR_NAME).read_text(encoding='utf-8'))
+        steps = {name for name, value in config.items() if name.startswith('do_') and value}
+    except (AttributeError, ValueError) as e:
+        return f'{PREPROCESSOR_NAME} cannot be followed: {e!r}.'
+    if steps != _STEPS:
+        return f'{PREPROCESSOR_NAME} prepares images differently from timm: {", ".join(sorted(steps ^ _STEPS))}.'
     noise = np.random.default_rng(0).integers(0, 256, (240, 333, 3), dtype=np.uint8)
     for image in (Image.fromarray(noise), Image.fromarray(noise).rotate(90, expand=True)):
         expected = create_transform(**data_config, is_training=False)(image)[None].numpy()
@@ -163,6 +167,8 @@ def find_difference(folder: Path, model: nn.Module, data_config: dict[str, Any])
             if theirs.shape != mine.shape:
                 return f'{ONNX_NAME} gives logits of shape {tuple(theirs.shape)}, not {tuple(mine.shape)}.'
             finite = torch.isfinite(mine).all(1)
+            if scale == 1 and not finite.all():
+                return f'The model overflows, so that {ONNX_NAME} cannot be compared with it.'
             if not torch.equal(finite, torch.isfinite(theirs).all(1)):
                 return f'{ONNX_NAME} overflows where the model does not, or the reverse.'
             errors = (theirs - mine).norm(dim=1) / mine.norm(dim=1)
