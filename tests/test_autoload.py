@@ -205,7 +205,10 @@ def run_pair(folder, first, second, delay, may_fail=False, **kwargs):
 
 def run_stand_in_pairs(folder, triples, **kwargs):
     def run(triple):
-        run_pair(folder, *triple, may_fail=is_part(triple[0]) and is_part(triple[1]), **kwargs)
+        first, second, delay = triple
+        parts = is_part(first) + is_part(second)
+        # one part is enough if its thread holds the lock of the part before the other thread has begun with timm
+        run_pair(folder, *triple, may_fail=parts == 2 or (parts == 1 and delay == 0), **kwargs)
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:  # they sleep most of the time
         assert len(list(pool.map(run, triples))) >= 5
