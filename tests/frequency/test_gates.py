@@ -162,7 +162,7 @@ def test_operands_and_activation():
     for product in (lambda net, x: x.mul_(x.sigmoid()), lambda net, x: x * x.sigmoid(), lambda net, x: x.sigmoid() * x):
         net, x = Net(product), torch.randn(2, 3, 8, 8)
         recorder = Recorder(net, found.append)
-        with torch.no_grad(), recorder.hooked(lambda *_: None), recorder.watch(x):
+        with torch.no_grad(), recorder.hooked(lambda *_: None, []), recorder.watch(x):
             net(x)
             h = net.conv(x)
         gate = found.pop()
@@ -175,7 +175,7 @@ def test_an_activation_whose_input_was_overwritten():
     found = []
     net, x = Net(lambda net, x: (lambda gate: gate * x.add_(1))(x.sigmoid())), torch.randn(2, 3, 8, 8)
     recorder = Recorder(net, found.append)
-    with torch.no_grad(), recorder.hooked(lambda *_: None), recorder.watch(x):
+    with torch.no_grad(), recorder.hooked(lambda *_: None, []), recorder.watch(x):
         net(x)
     assert found[0].pre_gate is None
 

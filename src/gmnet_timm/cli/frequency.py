@@ -168,10 +168,10 @@ def _add_layers(commands) -> None:
         help='what counts as a gate: also activations, x * (f(x) / x), and products with channel or spatial weights '
              '(default: gate)')
     parser.add_argument(
-        '--channels', type=_number_or_all, default=16, metavar='N',
-        help='look at N channels of each map, or at all, which can take longer than the passes (default: 16)')
+        '--channels', type=_number_or_all, default=8, metavar='N',
+        help='look at N channels of each map, or at all, which can take longer than the passes (default: 8)')
     _add_maps(parser)
-    _add_machine(parser, num_images=64)
+    _add_machine(parser, num_images=256)
     _add_figures(parser)
 
 
@@ -198,6 +198,8 @@ def _run_layers(args: argparse.Namespace) -> None:
               else f'{len(layers)} block{plural}, as the model has no gates of this kind')
     for layer in layers:
         print(_describe_layer(layer))
+    if any(math.isnan(signal.high_low_ratio) for layer in layers for signal in layer.signals.values()):
+        print('undefined: a map this small has no frequencies beyond half of its Nyquist radius, or is constant')
     print(f'{args.output / "layers.csv"}, {args.output / "layers-summary.csv"}')
     images = len(next(iter(layers[0].signals.values())).power)
     title = f'{_labels([model])[0]}, {images} images'
@@ -211,15 +213,20 @@ def _run_layers(args: argparse.Namespace) -> None:
 def _describe_layer(layer) -> str:
     line = f'{layer.name:<28}'
     for name, signal in layer.signals.items():
-        error = f' ±{signal.ratio_error:.4f}' if signal.ratio_error else ''
-        line += f'  {name} {signal.size[0]}x{signal.size[1]} high/low {signal.high_low_ratio:.4f}{error}'
+        line += f'  {name} {signal.size[0]}x{signal.size[1]} high/low {_ratio(signal.high_low_ratio)}'
+        if signal.ratio_error and math.isfinite(signal.high_low_ratio):
+            line += f' ±{signal.ratio_error:.4f}'
     if layer.statistics is not None:
         row = layer.summary_row()
         line += (
-            f'  predicted {row["predicted_high_low"]:.4f}  aliased {100 * row["aliased"]:.1f} %  '
+            f'  predicted {_ratio(row["predicted_high_low"])}  aliased {100 * row["aliased"]:.1f} %  '
             f'clipped {100 * row["clipped_low"]:.1f} + {100 * row["clipped_high"]:.1f} %  '
             f'pre-gate std {row["pre_gate_std"]:.3g}')
     return line
+
+
+def _ratio(high_low: float) -> str:
+    return f'{high_low:.4f}' if math.isfinite(high_low) else 'undefined'
 
 
 def _add_amplitude(commands) -> None:
@@ -408,7 +415,7 @@ def _theory_of_model(args: argparse.Namespace, functions: list[str]) -> None:
     with _Machine(args) as machine:
         model = _load(args.model, args)
         loader = _loader(args, model, machine)
-        layers = layer_spectra(model.model.to(machine.device), loader, show_progress=True)
+        layers = layer_spectra(model.model.to(machine.device), loader, channels=16, show_progress=True)
         if machine.rank:
             return
     rows = gate_rows(layers, functions)

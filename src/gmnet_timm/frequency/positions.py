@@ -71,7 +71,7 @@ def _some(maps: torch.Tensor, channels: int | None) -> torch.Tensor:
     """Evenly spaced entries of the second axis, (B, C, ...)."""
     if channels is None or channels >= maps.shape[1]:
         return maps
-    return maps[:, torch.arange(channels, device=maps.device) * maps.shape[1] // channels]
+    return maps.index_select(1, torch.arange(channels, device=maps.device) * maps.shape[1] // channels)
 
 
 def stated_layout(name: str, shape: torch.Size, images: torch.Size, prefix: int = 0) -> Layout:

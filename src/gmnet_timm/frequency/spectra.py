@@ -70,7 +70,7 @@ def layer_spectra(
         kinds: Sequence[str] = ('gate',),
         layout: str | None = None,
         window: str | None = None,
-        channels: int | None = 16,
+        channels: int | None = 8,
         alias_images: int = 4,
         show_progress: bool = False,
         on_maps: Callable[[str, str, torch.Tensor], None] | None = None,
@@ -151,7 +151,7 @@ class _Watcher:
         """Look at batches of images."""
         recorder = Recorder(self.model, self._on_product, activations=self.activations)
         names = list(dict.fromkeys(name.partition('#')[0] for name in self.modules))
-        hooks = recorder.hooked(self._on_module, self.layouts) if self.gates \
+        hooks = recorder.hooked(self._on_module, names) if self.gates \
             else watch_modules(self.model, names, self._on_module)
         with torch.no_grad(), hooks:
             for batch in batches:

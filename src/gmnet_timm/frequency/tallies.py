@@ -2,7 +2,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from gmnet_timm.frequency.tracing import Product
 
 __all__ = ['GateTally', 'ModuleTally', 'Tally']
 
+_CACHED = 1 << 18  # entries of maps, 1 MiB
+
 
 @dataclasses.dataclass
 class Tally:
@@ -27,9 +29,9 @@ class Tally:
         power: Of each batch, sum of each radial bin, mean over channels, (B, bins), float64.
         channels: Number of channels looked at.
         all_channels: Number of channels there are.
-        by_channel: Sum over images of each radial bin, (C, bins), where not all channels are looked at.
+        by_channel: Sum over images of the power spectrum of each channel, (C, H, W // 2 + 1).
         mean: Sum over images of the mean of each channel, (C,), for gate and value.
-        spectrum: Sum over images of the power spectrum of each channel, without a window, (C, H, W // 2 + 1), for them.
+        spectrum: As `by_channel` but without a window, for them.
     """
 
     layout: Layout
@@ -53,12 +55,12 @@ class Tally:
         height, width = maps.shape[-2:]
         power = power_spectrum(maps, window)
         self.power.append(bin_power(power.mean(1).double(), height, width).cpu())
-        if self.channels < self.all_channels:
-            self.by_channel = self.by_channel + bin_power(power.sum(0).double(), height, width).cpu()
+        by_channel = power.sum(0).double().cpu()
+        self.by_channel = self.by_channel + by_channel
         if operand:
-            plain = power if window is None else power_spectrum(maps)
             self.mean = self.mean + maps.mean((-2, -1)).sum(0).double().cpu()
-            self.spectrum = self.spectrum + plain.sum(0).double().cpu()
+            plain = by_channel if window is None else power_spectrum(maps).sum(0).double().cpu()
+            self.spectrum = self.spectrum + plain
 
     def moments(self) -> tuple[float, float]:
         """Mean over images, channels and positions of the values and of their squares."""
@@ -75,8 +77,9 @@ class Tally:
         signal = Signal(self.layout.name, self.layout.size, power, self.channels, self.all_channels)
         if self.channels == self.all_channels:
             return signal
+        by_channel = bin_power(self.by_channel, *self.layout.size)
         return dataclasses.replace(
-            signal, ratio_error=_ratio_error(self.by_channel, signal.cutoff, self.channels / self.all_channels))
+            signal, ratio_error=_ratio_error(by_channel, signal.cutoff, self.channels / self.all_channels))
 
     @staticmethod
     def merged(parts: 'Sequence[Tally]') -> 'Tally':
@@ -145,6 +148,11 @@ class GateTally:
         return cls(kind, {name: Tally(layout) for name, layout in named if layout is not None}, alias_images)
 
     def add(self, product: Product, window: str | None, channels: int | None) -> None:
+        """Add the product of a batch, by parts of it whose maps and spectra stay in a processor's cache."""
+        for part in _parts(product, [(key, tally.layout) for key, tally in self.signals.items()], channels):
+            self._add(part, window, channels)
+
+    def _add(self, product: Product, window: str | None, channels: int | None) -> None:
         operands = dict(gate=product.gate, value=product.value, product=product.product)
         is_gate = self.kind != 'attention'
         maps = {name: tally.read(operands[name], channels) for name, tally in self.signals.items()}
@@ -159,7 +167,7 @@ class GateTally:
             self.pre += torch.tensor([
                 x.numel(), x.sum(dtype=torch.float64), x.square().sum(dtype=torch.float64)], dtype=torch.float64)
         lowest, highest = (x.item() for x in maps['gate'].aminmax())
-        low, high = (int((maps['gate'] == end).count_nonzero()) for end in (lowest, highest))
+        low, high = int((maps['gate'] <= lowest).count_nonzero()), int((maps['gate'] >= highest).count_nonzero())
         self._add_ends((lowest, highest), low, high, maps['gate'].numel())
         if self.alias_images:
             some = slice(0, self.alias_images)
@@ -227,6 +235,29 @@ class GateTally:
         if not count:
             return self.signals['value' if self.pre_is_value else 'gate'].std()
         return math.sqrt(max(0., square / count - (total / count) ** 2))
+
+
+def _parts(
+        product: Product,
+        layouts: Sequence[tuple[str, Layout]],
+        channels: int | None,
+) -> Iterator[Product]:
+    """The same product of a few images after the other; of all at once where operands hold them in different ways."""
+    layout, rows = layouts[-1][1], len(product.product)
+    images = rows // layout.per_image
+    positions = math.prod(layout.size)
+    all_channels = product.product.numel() // (images * positions)
+    entries = positions * min(all_channels, channels or all_channels)
+    count = max(1, _CACHED // entries) * layout.per_image
+    alike = all(len(getattr(product, key)) == rows and other.per_image == layout.per_image for key, other in layouts)
+    if count >= rows or not alike or product.product.device.type != 'cpu':
+        yield product
+        return
+    names = [key for key in ('gate', 'value', 'product', 'pre_gate') if getattr(product, key) is not None]
+    for start in range(0, rows, count):
+        parts = {key: getattr(product, key) for key in names}
+        yield dataclasses.replace(
+            product, **{key: x[start:start + count] for key, x in parts.items() if len(x) == rows})
 
 
 def _function_of(product: Product) -> Callable[[torch.Tensor], torch.Tensor] | None:

@@ -3,7 +3,7 @@ import contextlib
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ _ENTRY_BY_ENTRY = {
 _FILLS = {'fill', 'zero', 'normal', 'uniform', 'bernoulli', 'random', 'exponential'}
 _REDUCTIONS = {'mean', 'sum'}
 _ROOTS = {'sqrt', 'rsqrt', 'pow'}
+_NUMBERS = (int, float, type(None))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +134,7 @@ def trace(model: nn.Module, images: torch.Tensor, *, activations: bool = False, 
         found.classes[name] = recorder.modules[name.partition('#')[0]]
 
     recorder = Recorder(model, on_product, activations=activations)
-    with torch.no_grad(), recorder.hooked(on_module), recorder.watch(images, positions):
+    with torch.no_grad(), recorder.hooked(on_module, list(recorder.modules)), recorder.watch(images, positions):
         model(images)
     for name in recorder.statistics():
         del found.products[name]
@@ -145,7 +146,6 @@ def watch_modules(
         model: nn.Module,
         names: Sequence[str],
         on_module: Callable[[str, str, torch.Tensor], None],
-        running: list[str] | None = None,
 ) -> Iterator[None]:
     """Call back with what enters and leaves modules; hooks are removed whatever happens.
 
@@ -153,22 +153,17 @@ def watch_modules(
         model: The model.
         names: Names of modules.
         on_module: Takes the name ('#2' for the second call in a pass), 'input' or 'output', and the tensor.
-        running: Stack that takes the names of the modules that run.
     """
     modules = dict(model.named_modules())
     calls: dict[str, int] = {}
 
     def enter(name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         calls[name] = calls.get(name, 0) + 1
-        if running is not None:
-            running.append(name)
         x = _first_floats((args, kwargs))
         if x is not None:  # looked at before the module runs, which may work in place
             on_module(_numbered(name, calls[name]), 'input', x)
 
     def leave(name: str, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        if running is not None:
-            running.pop()
         x = _first_floats(output)
         if x is not None:
             on_module(_numbered(name, calls[name]), 'output', x)
@@ -188,16 +183,15 @@ def watch_modules(
         yield
 
 
-def _tensors(x: Any) -> Iterator[torch.Tensor]:
+def _tensors(x: Any) -> list[torch.Tensor]:
     """Tensors in nested arguments or outputs, in their order."""
     if isinstance(x, torch.Tensor):
-        yield x
-    elif isinstance(x, (tuple, list)):
-        for part in x:
-            yield from _tensors(part)
-    elif isinstance(x, dict):
-        for part in x.values():
-            yield from _tensors(part)
+        return [x]
+    if isinstance(x, dict):
+        x = x.values()
+    elif not isinstance(x, (tuple, list)):
+        return []
+    return [tensor for part in x if not isinstance(part, _NUMBERS) for tensor in _tensors(part)]
 
 
 def _first_floats(x: Any) -> torch.Tensor | None:
@@ -252,25 +246,31 @@ class Recorder(TorchDispatchMode):
         self.roots: set[str] = set()  # squares whose mean a root was taken of
         self.used: set[str] = set()  # squares with another use than a mean
 
-    def hooked(
-            self,
-            on_module: Callable[[str, str, torch.Tensor], None],
-            wanted: Container[tuple[str, str]] | None = None,
-    ) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def hooked(self, on_module: Callable[[str, str, torch.Tensor], None], names: Sequence[str]) -> Iterator[None]:
         """Hooks on all modules, which tell which one runs.
 
         Args:
             on_module: As for `watch_modules`.
-            wanted: Names and sides to call it for, None for all.
+            names: As for `watch_modules`.
         """
-        def note(name: str, side: str, x: torch.Tensor) -> None:
-            if side == 'output':
-                self.finished = [*self.finished[-1:], name.partition('#')[0]]
-            if wanted is None or (name, side) in wanted:
-                with _disable_current_modes():  # what the watcher itself computes
-                    on_module(name, side, x)
+        def outside(*args: Any) -> None:
+            with _disable_current_modes():  # what the watcher itself computes
+                on_module(*args)
 
-        return watch_modules(self.model, list(self.modules), note, self.running)
+        def enter(name: str, *_: Any) -> None:
+            self.running.append(name)
+
+        def leave(name: str, *_: Any) -> None:
+            self.running.pop()
+            self.finished = [*self.finished[-1:], name]
+
+        with contextlib.ExitStack() as stack:
+            for name, module in self.modules.items():
+                stack.callback(module.register_forward_pre_hook(functools.partial(enter, name)).remove)
+                stack.callback(module.register_forward_hook(functools.partial(leave, name)).remove)
+            stack.enter_context(watch_modules(self.model, names, outside))
+            yield
 
     @contextlib.contextmanager
     def watch(self, images: torch.Tensor, positions: Positions | None = None) -> Iterator[None]:
@@ -289,7 +289,8 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        inputs = [x for x in _tensors((args, kwargs)) if x in self.notes]
+        noted = [(x, note) for x in _tensors((args, kwargs)) if (note := self.notes.get(x)) is not None]
+        inputs, notes = [x for x, _ in noted], [note for _, note in noted]
         name = func.overloadpacket.__name__
         if not inputs or name.endswith('_like') or name.startswith('new_'):  # takes the shape alone
             return func(*args, **kwargs)
@@ -299,11 +300,10 @@ class Recorder(TorchDispatchMode):
             if self.positions is not None:
                 self.positions.known.pop(args[0], None)
             return func(*args, **kwargs)
-        notes = [self.notes[x] for x in inputs]
         factors = self._factors(name, args, in_place)
         taken = inputs[0].clone() if in_place and self.activations and name in _ACTIVATIONS else inputs[0]
         output = func(*args, **kwargs)
-        outputs = list(_tensors(output))
+        outputs = _tensors(output)
         if self.positions is not None:
             self.positions.follow(func, name + '_' * in_place, args, kwargs, outputs)
         new = self._note(name, args, inputs, notes, outputs)
