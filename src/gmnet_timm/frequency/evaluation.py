@@ -26,7 +26,7 @@ __all__ = [
 
 @dataclasses.dataclass(frozen=True)
 class EvalSettings:
-    """What decides the numbers of an evaluation beside the model. Radii are in cycles per image."""
+    """What decides the numbers of an evaluation besides the model. Radii are in cycles per image."""
 
     data_dir: str | None
     dataset: str = ''

@@ -44,7 +44,7 @@ REFERENCE = 'relu6*x'  # the paper's gate, which the other gates are compared wi
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What decides the numbers of a run beside its task and its variant.
+    """What decides the numbers of a run besides its task and its variant.
 
     Attributes:
         seeds: Seeds of the results.

@@ -53,7 +53,7 @@ class Signal:
 
 @dataclasses.dataclass(frozen=True)
 class GateStatistics:
-    """What a gate does beside its spectra.
+    """What a gate does besides its spectra.
 
     Attributes:
         pre_gate_std: Standard deviation over images, channels and positions of what enters the gate's activation, of

@@ -57,7 +57,7 @@ def list_layers(
 
 
 def strongest_channels(maps: torch.Tensor, count: int) -> list[int]:
-    """The channels of maps (C, H, W) with the most energy beside their mean, in their order."""
+    """The channels of maps (C, H, W) with the most energy apart from their mean, in their order."""
     return sorted(maps.flatten(1).var(1, correction=0).topk(min(count, len(maps))).indices.tolist())
 
 

@@ -54,7 +54,7 @@ BANDS = {
 
 @dataclasses.dataclass(frozen=True)
 class StudySettings:
-    """What decides the numbers of a run beside its variant, learning rate, seed and images.
+    """What decides the numbers of a run besides its variant, learning rate, seed and images.
 
     Radii are in cycles per image. In patches of 56 pixels, 3, 6 and 9 match in cycles per pixel the 12, 24 and 36 of
     the paper's images of 224 pixels.
