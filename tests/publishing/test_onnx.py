@@ -15,7 +15,13 @@ from timm.data import create_transform, resolve_model_data_config
 from gmnet_timm.cli.main import main
 from gmnet_timm.errors import UserError
 from gmnet_timm.publishing import folder as folder_module
-from gmnet_timm.publishing.onnx_file import ONNX_NAME, PREPROCESSOR_NAME, prepare, preprocessor_config
+from gmnet_timm.publishing.onnx_file import (
+    ONNX_NAME,
+    PREPROCESSOR_NAME,
+    find_difference,
+    prepare,
+    preprocessor_config,
+)
 
 CONFIG = dict(input_size=(3, 64, 64), crop_pct=.875, crop_mode='center', interpolation='bicubic', mean=(.5, .4, .3),
               std=(.2, .3, .25))
@@ -168,6 +174,28 @@ def test_verify_finds(damage, copy, run):
     (line,) = [line for line in out.splitlines() if ' onnx: ' in line]
     assert status == 1 and line.startswith('FAILED') and finding in line
     assert out.count('FAILED') == 1
+
+
+class Overflowing(torch.nn.Module):
+    """A model whose logits are infinite for images with values beyond a limit."""
+
+    def __init__(self, model, limit):
+        super().__init__()
+        self.model, self.limit = model, limit
+
+    def forward(self, x):
+        beyond = x.abs().amax((1, 2, 3)) > self.limit
+        return self.model(x).masked_fill(beyond[:, None], float('inf'))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('limit, finding', [(0, 'The model overflows'), (100, 'overflows where the model does not')])
+def test_overflow_is_a_finding(saved, limit, finding):
+    model = timm.create_model(f'local-dir:{saved}', pretrained=True).eval()
+    config = resolve_model_data_config(model)
+    with torch.no_grad():
+        assert find_difference(saved, model, config) is None
+        assert finding in find_difference(saved, Overflowing(model, limit), config)
 
 
 @pytest.mark.slow
