@@ -1,5 +1,6 @@
 """The study: its controls, its parts of the data, what it trains, and every number in docs/study.md."""
 import csv
+import importlib
 import json
 import math
 import os
@@ -322,8 +323,11 @@ def test_power_is_for_the_first_step_of_holm():
 def test_every_table_of_the_page_is_computed_from_the_files_beside_it():
     text = (DOCS / 'study.md').read_text()
     blocks = study_report.report_blocks(DOCS / 'study')
-    printed = dict(re.findall(r'<!-- from the files: (\w+) -->\n(.*?)\n<!-- end -->', text, re.DOTALL))
+    printed = dict(re.findall(r'<!-- study: (\w+) -->\n(.*?)\n<!-- study: end -->', text, re.DOTALL))
     assert printed == blocks
+    report = importlib.import_module('docs.study.report')
+    damaged = text.replace(': left open |', ': open |')
+    assert damaged != text and report.rendered(damaged) == report.rendered(text) == text
     fresh = [dict(outcome=outcome, **study_report._test_row(c))
              for outcome, values in study_report.outcomes(_rows(DOCS / 'study' / 'accuracy.csv')).items()
              for c in study_report.compare(values)]
@@ -332,7 +336,7 @@ def test_every_table_of_the_page_is_computed_from_the_files_beside_it():
 
 def _results_in_prose(text):
     """Decimals, percentages and signed numbers outside of generated tables, code and links, but for the levels."""
-    text = re.sub(r'<!-- from the files: .*?<!-- end -->|```.*?```|`[^`]*`|\]\([^)]*\)', '', text, flags=re.DOTALL)
+    text = re.sub(r'<!-- study: .*?<!-- study: end -->|```.*?```|`[^`]*`|\]\([^)]*\)', '', text, flags=re.DOTALL)
     return re.findall(r'\d*\.\d+|\d+ ?%|[+−]\d+', re.sub(r'95 %|below \.05', '', text))
 
 
