@@ -207,8 +207,13 @@ def run_stand_in_pairs(folder, triples, **kwargs):
     def run(triple):
         first, second, delay = triple
         parts = is_part(first) + is_part(second)
-        # one part is enough if its thread holds the lock of the part before the other thread has begun with timm
-        run_pair(folder, *triple, may_fail=parts == 2 or (parts == 1 and delay == 0), **kwargs)
+        try:
+            run_pair(folder, *triple, may_fail=parts == 2, **kwargs)
+        except AssertionError as e:
+            # Python itself fails, rarely, where a thread locks a part before the other one has begun with timm
+            if parts == 0 or delay or '_DeadlockError' not in str(e):
+                raise
+            run_pair(folder, *triple, **kwargs)
 
     with concurrent.futures.ThreadPoolExecutor(4) as pool:  # they sleep most of the time
         assert len(list(pool.map(run, triples))) >= 5

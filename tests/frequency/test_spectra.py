@@ -560,6 +560,18 @@ def test_cli_layers(tmp_path, capsys):
     assert 'nan' not in printed
 
 
+def test_a_gate_without_energy_is_called_undefined():
+    from gmnet_timm.cli.frequency import _describe_layer
+
+    class Gate(nn.Module):
+        def forward(self, x):
+            return (x * 0) * x
+
+    layer, = layer_spectra(nn.Sequential(Gate()), _batches(3, side=16))
+    line = _describe_layer(layer)
+    assert 'product 16x16 high/low undefined' in line and 'aliased undefined' in line and 'nan' not in line
+
+
 @pytest.mark.slow
 def test_what_it_costs():
     """Beside plain passes, in processor time. docs/frequency.md says what was measured; this bound is above it."""
@@ -582,4 +594,4 @@ def test_what_it_costs():
     passes = min(seconds(plain) for _ in range(3))
     watched = min(seconds(lambda: layer_spectra(model, batches)) for _ in range(3))
     print(f'plain passes {passes:.2f} s, with 16 gates watched {watched:.2f} s')
-    assert watched < 1.6 * passes
+    assert watched < 1.4 * passes

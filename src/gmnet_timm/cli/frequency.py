@@ -219,7 +219,7 @@ def _describe_layer(layer) -> str:
     if layer.statistics is not None:
         row = layer.summary_row()
         line += (
-            f'  predicted {_ratio(row["predicted_high_low"])}  aliased {100 * row["aliased"]:.1f} %  '
+            f'  predicted {_ratio(row["predicted_high_low"])}  aliased {_percent(row["aliased"])}  '
             f'clipped {100 * row["clipped_low"]:.1f} + {100 * row["clipped_high"]:.1f} %  '
             f'pre-gate std {row["pre_gate_std"]:.3g}')
     return line
@@ -227,6 +227,10 @@ def _describe_layer(layer) -> str:
 
 def _ratio(high_low: float) -> str:
     return f'{high_low:.4f}' if math.isfinite(high_low) else 'undefined'
+
+
+def _percent(share: float) -> str:
+    return f'{100 * share:.1f} %' if math.isfinite(share) else 'undefined'
 
 
 def _add_amplitude(commands) -> None:
@@ -415,6 +419,7 @@ def _theory_of_model(args: argparse.Namespace, functions: list[str]) -> None:
     with _Machine(args) as machine:
         model = _load(args.model, args)
         loader = _loader(args, model, machine)
+        # more channels than `freq layers` looks at: theory takes each one's spectrum, and has no error of that choice
         layers = layer_spectra(model.model.to(machine.device), loader, channels=16, show_progress=True)
         if machine.rank:
             return

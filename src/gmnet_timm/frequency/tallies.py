@@ -29,9 +29,9 @@ class Tally:
         power: Of each batch, sum of each radial bin, mean over channels, (B, bins), float64.
         channels: Number of channels looked at.
         all_channels: Number of channels there are.
-        by_channel: Sum over images of the power spectrum of each channel, (C, H, W // 2 + 1).
+        by_channel: Sum over images of the power spectrum of each channel, (C, H, W // 2 + 1), unless all are looked at.
         mean: Sum over images of the mean of each channel, (C,), for gate and value.
-        spectrum: As `by_channel` but without a window, for them.
+        spectrum: As `by_channel` but without a window and for any number of channels, for gate and value.
     """
 
     layout: Layout
@@ -55,11 +55,12 @@ class Tally:
         height, width = maps.shape[-2:]
         power = power_spectrum(maps, window)
         self.power.append(bin_power(power.mean(1).double(), height, width).cpu())
-        by_channel = power.sum(0).double().cpu()
-        self.by_channel = self.by_channel + by_channel
+        total = power.sum(0).double().cpu()
+        if self.channels < self.all_channels:
+            self.by_channel = self.by_channel + total
         if operand:
             self.mean = self.mean + maps.mean((-2, -1)).sum(0).double().cpu()
-            plain = by_channel if window is None else power_spectrum(maps).sum(0).double().cpu()
+            plain = total if window is None else power_spectrum(maps).sum(0).double().cpu()
             self.spectrum = self.spectrum + plain
 
     def moments(self) -> tuple[float, float]:
