@@ -106,7 +106,7 @@ def test_timm_reads_the_patches(patches, split, count):
     assert list(dataset.reader.class_to_idx) == list(patches.classes) == sorted(photos.PHOTOS)
 
 
-def test_patches_are_reused_or_rebuilt(tmp_path):
+def test_patches_are_reused_and_never_replaced(tmp_path):
     root = tmp_path / 'data'
 
     def state():
@@ -116,11 +116,13 @@ def test_patches_are_reused_or_rebuilt(tmp_path):
     before = state()
     assert photos.prepare_photo_patches(root, patches=2) == first
     assert state() == before
-    other = photos.prepare_photo_patches(root, patches=2, seed=7)
-    assert {p.name for p in state()} != {p.name for p in before} and other.mean != first.mean
-    assert photos.prepare_photo_patches(root, patches=2) == first
-    assert {p for p in state()} == set(before)
-    assert [p.name for p in tmp_path.iterdir()] == ['data']
+    (root / 'mine.txt').write_text('x')
+    with pytest.raises(UserError, match='a folder of other photo patches, so it is left as it is'):
+        photos.prepare_photo_patches(root, patches=2, seed=7)
+    assert state() == before and (root / 'mine.txt').exists()
+    other = photos.prepare_photo_patches(tmp_path / 'other', patches=2, seed=7)
+    assert other.mean != first.mean
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['data', 'other']
 
 
 def test_a_foreign_folder_is_left_alone(tmp_path):

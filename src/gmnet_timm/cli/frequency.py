@@ -1,6 +1,7 @@
 """The `gmnet-timm freq …` commands."""
 import argparse
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -595,44 +596,46 @@ def _add_explore(commands) -> None:
     _add_data(parser)
     _add_class_names(parser)
     parser.add_argument('--device', default='auto', help='(default: a GPU if there is one)')
-    parser.add_argument('--workers', type=int, default=2, help='processes that load images (default: %(default)s)')
     parser.add_argument(
         '--host', default='127.0.0.1', help='address to listen on (default: %(default)s, this machine only); whoever '
         'reaches it can use the page')
     parser.add_argument('--port', type=int, help='(default: the first free one from 7860 on)')
+    parser.add_argument('--workers', type=int, help=argparse.SUPPRESS)  # of earlier versions, without effect
+    parser.add_argument(
+        '--root-path', metavar='PATH', help='where a proxy shows the page, such as /user/me/proxy/7860 of a notebook')
 
 
 def _run_explore(args: argparse.Namespace) -> None:
     """Open a page that shows pictures at each frequency, what models say of them, and where their answers change.
 
-    It needs no network, listens on this machine only unless told otherwise, and keeps nothing that is dropped on it.
-    Ctrl-C ends it.
+    It needs no network, listens on this machine only unless told otherwise, and writes nothing. Ctrl-C ends it.
     """
+    print('Loading the models and the page …', file=sys.stderr, flush=True)
     import torch
 
     from gmnet_timm.device import resolve_device
-    from gmnet_timm.frequency.explore.server import serve
-    from gmnet_timm.frequency.explore.subjects import Data, Exploration, Subject
+    from gmnet_timm.explore.pictures import Exploration, Images, ShownModel
+    from gmnet_timm.explore.server import serve
     from gmnet_timm.frequency.extras import require_gradio, require_matplotlib
 
     require_gradio()
     require_matplotlib()
     device = torch.device(resolve_device(args.device))
-    data_words = [word for name in ('data_dir', 'dataset', 'split', 'class_map') if getattr(args, name)
-                  for word in (f'--{name.replace("_", "-")}', getattr(args, name))]
+    has_data = args.data_dir or args.dataset
+    images = Images(args.data_dir, args.dataset, args.split, args.class_map) if has_data else None
     name_words = ['--class-names', args.class_names] if args.class_names else []
-    data = Data(args.data_dir, args.dataset, args.split, args.class_map) if data_words else None
-    models = [_load(spec, args) for spec in args.models]
-    for model in models:
+    loaded = [_load(spec, args) for spec in args.models]
+    models = []
+    for label, spec, model in zip(_labels(loaded), args.models, loaded, strict=True):
         # in channels_last, convolutions answer a move of the slider in three quarters of the time
         model.model.to(device, memory_format=torch.channels_last)
-    subjects = tuple(
-        Subject(label, spec, model, _class_names(args, model))
-        for label, spec, model in zip(_labels(models), args.models, models, strict=True))
+        names = _class_names(args, model)
+        if not names and images is not None and len(images.class_names) == model.model.num_classes:
+            names = images.class_names
+        models.append(ShownModel(label, spec, model, names))
     about = Exploration(
-        subjects, data, device, args.workers, stated=tuple(stated_words(args)), stated_names=tuple(name_words),
-        stated_data=tuple(data_words))
-    serve(about, args.host, args.port)
+        tuple(models), images, device, stated=tuple(stated_words(args)), stated_names=tuple(name_words))
+    serve(about, args.host, args.port, args.root_path)
 
 
 def _add_paper(commands) -> None:

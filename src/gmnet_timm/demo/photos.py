@@ -100,7 +100,7 @@ def photo_pixels(name: str) -> np.ndarray:
 def prepare_photo_patches(root: PathLike, *, patches: int = 320, seed: int = 42) -> PhotoPatches:
     """Write the patches, or recognise those that an earlier call with the same arguments wrote.
 
-    A folder with patches of other arguments is replaced. Any other folder that is not empty is left alone.
+    A folder that holds anything else is left alone.
 
     Args:
         root: Folder to write.
@@ -113,9 +113,10 @@ def prepare_photo_patches(root: PathLike, *, patches: int = 320, seed: int = 42)
     root = Path(root)
     wanted = {'format': 1, 'patches': patches, 'seed': seed, 'size': PATCH_SIZE, 'photos': PHOTOS}
     manifest = _read_manifest(root)
-    if manifest is None or manifest['parameters'] != wanted:
-        if manifest is None and root.exists() and (not root.is_dir() or any(root.iterdir())):
-            raise UserError(f'{root} is not a folder of photo patches, so it is left as it is. Choose another folder.')
+    if manifest is None or manifest.get('parameters') != wanted:
+        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+            what = 'not a folder of photo patches' if manifest is None else 'a folder of other photo patches'
+            raise UserError(f'{root} is {what}, so it is left as it is. Choose another folder.')
         manifest = _build_patches(root, wanted)
     return PhotoPatches(
         root=root,
@@ -130,9 +131,10 @@ def prepare_photo_patches(root: PathLike, *, patches: int = 320, seed: int = 42)
 
 def _read_manifest(root: Path) -> dict[str, Any] | None:
     try:
-        return json.loads((root / MANIFEST).read_text())
+        manifest = json.loads((root / MANIFEST).read_text())
     except (OSError, ValueError):
         return None
+    return manifest if isinstance(manifest, dict) else None
 
 
 def _build_patches(root: Path, parameters: dict[str, Any]) -> dict[str, Any]:
@@ -154,9 +156,7 @@ def _build_patches(root: Path, parameters: dict[str, Any]) -> dict[str, Any]:
             manifest = dict(parameters=parameters, bands=bands, mean=float(train.mean()), std=float(train.std()))
             (tmp / MANIFEST).write_text(json.dumps(manifest, indent=2))
             tmp.chmod(0o755)  # mkdtemp makes it private
-            if root.exists():
-                shutil.rmtree(root)
-            tmp.rename(root)
+            tmp.rename(root)  # takes the place of an empty folder, and of nothing else
         finally:
             shutil.rmtree(tmp, ignore_errors=True)
     return json.loads(json.dumps(manifest))

@@ -1,6 +1,6 @@
 """How well models work on only the low or only the high frequencies of images, and what their layers do with them."""
 from gmnet_timm.frequency.amplitude import LogAmplitude, log_amplitudes, relative_log_amplitude
-from gmnet_timm.frequency.answers import Change, ScanPoint, bisect_change, confidences, list_changes, scan_radii
+from gmnet_timm.frequency.answers import Change, ScanPoint, confidences, list_changes, scan_radii
 from gmnet_timm.frequency.bands import (
     Band,
     BandAccuracy,

@@ -11,7 +11,7 @@ from gmnet_timm.frequency.positions import Layout
 from gmnet_timm.frequency.processes import gathered, interleaved
 from gmnet_timm.frequency.progress import progress
 from gmnet_timm.frequency.spectra import find_blocks, module_layouts
-from gmnet_timm.frequency.tracing import trace, watch_modules
+from gmnet_timm.frequency.tracing import trace, uncompiled, watch_modules
 
 __all__ = ['LogAmplitude', 'log_amplitudes', 'relative_log_amplitude']
 
@@ -107,6 +107,7 @@ def log_amplitudes(
     Raises:
         UserError: As by `layer_spectra`.
     """
+    model = uncompiled(model)
     device = next(model.parameters(), torch.empty(0)).device
     curves: dict[str, list[torch.Tensor]] = {}
     layouts: dict[str, Layout] = {}

@@ -1,7 +1,6 @@
 """What a classifier says of the parts of one image, and at which radius its answer changes.
 
-An answer need not change once: it can be lost at one radius and come back at a smaller one. Bisection finds some change
-in few passes, a scan of all radii finds all of them, and with them the first.
+An answer need not change once: it can be lost at one radius and come back at a smaller one. So all radii are looked at.
 """
 import dataclasses
 import itertools
@@ -15,7 +14,7 @@ from gmnet_timm.errors import UserError
 from gmnet_timm.frequency.bands import Band, BandSplit, logits_of
 from gmnet_timm.frequency.split import largest_radius
 
-__all__ = ['Change', 'ScanPoint', 'bisect_change', 'confidences', 'list_changes', 'scan_radii', 'top_classes']
+__all__ = ['Change', 'ScanPoint', 'confidences', 'list_changes', 'scan_radii', 'top_classes']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,34 +136,6 @@ def list_changes(points: Iterable[ScanPoint], kind: str, largest: int) -> list[C
             changes.append(Change(kind, radius, last, known[radius], is_first))
             last, is_first = known[radius], False
     return changes
-
-
-def bisect_change(model: nn.Module, split: BandSplit, kind: str) -> Change | None:
-    """Find one change of the answer by bisection, in about log2(radii) forward passes.
-
-    Args:
-        model: As for `confidences`.
-        split: One image.
-        kind: 'low' or 'high'.
-
-    Returns:
-        A change away from the answer to the whole image. It is not known to be the first one: there can be others
-        between it and the whole image. None where the image without all of its frequencies still gets the answer of the
-        whole one, which does not say that those between do too.
-    """
-    bands = [Band('raw'), *_from_whole_to_nothing(kind, split)]
-    ends = confidences(model, split, [bands[0], bands[-1]]).argmax(-1).tolist()
-    if ends[0] == ends[1]:
-        return None
-    same, other, after = 0, len(bands) - 1, ends[1]
-    while other - same > 1:
-        middle = (same + other) // 2
-        answer = int(confidences(model, split, [bands[middle]]).argmax())
-        if answer == ends[0]:
-            same = middle
-        else:
-            other, after = middle, answer
-    return Change(kind, int(bands[other].radius or 0), ends[0], after, is_first=other == 1)
 
 
 def _from_whole_to_nothing(kind: str, split: BandSplit) -> list[Band]:

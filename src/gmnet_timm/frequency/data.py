@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import ImageDataset, create_dataset, create_transform
 from timm.data.readers.img_extensions import get_img_extensions
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
@@ -18,10 +18,13 @@ from gmnet_timm.errors import UserError, listed
 from gmnet_timm.frequency.processes import gathered
 
 __all__ = [
-    'CountingLoader', 'create_band_loader', 'image_mode', 'open_dataset', 'prepare_picture', 'read_picture', 'to_mode',
-    'to_pixels',
+    'CountingLoader', 'class_names_of', 'create_band_loader', 'image_mode', 'open_dataset', 'prepare_picture',
+    'read_picture', 'to_mode', 'to_pixels',
 ]
 
+MAX_PIXELS = 50_000_000  # of a single picture, as it is and as it is resized for a model
+# Not all that PIL knows: for EPS it starts Ghostscript, and some of the others are decoded by little-used code.
+FORMATS = ('PNG', 'JPEG', 'WEBP', 'BMP', 'TIFF')
 _MODES = {1: 'L', 2: 'LA', 3: 'RGB', 4: 'RGBA'}
 
 # names that timm takes for the same split
@@ -60,16 +63,21 @@ def image_mode(channels: int) -> str:
 
 
 def read_picture(
-        source: str | Path | BinaryIO,
+        source: str | Path | BinaryIO | bytes,
         channels: int,
-        max_pixels: int | None = None,
+        *,
+        name: str | None = None,
+        max_pixels: int = MAX_PIXELS,
 ) -> Image.Image | torch.Tensor:
-    """Read one picture as timm's evaluation preprocessing takes it.
+    """Read one picture, upright as browsers and telephones show it.
+
+    timm's own loader, and with it every evaluation on a dataset, ignores the orientation that a camera records (EXIF).
 
     Args:
-        source: An image file, or the path of an array (.npy) of shape (H, W, channels) or (H, W), uint8 or floats from
-            0 to 1, for numbers of channels that image files do not have.
+        source: Path, file or content of an image (of `FORMATS`), or of an array of NumPy of shape (H, W, channels) or
+            (H, W), uint8 or floats from 0 to 1, for numbers of channels that image files do not have.
         channels: Channels of the model.
+        name: What to call it in errors, by default the name of the file.
         max_pixels: Refuse a larger picture before it is decoded.
 
     Returns:
@@ -78,26 +86,56 @@ def read_picture(
     Raises:
         UserError: It is not an image, or not one of this size or number of channels.
     """
-    path = Path(source if isinstance(source, (str, Path)) else getattr(source, 'name', 'the file'))
-    if path.suffix.lower() == '.npy':
-        return _read_array(path, channels, max_pixels)
-    mode = image_mode(channels)
     try:
+        if isinstance(source, (str, Path)):
+            name = name or Path(source).name
+            with open(source, 'rb') as opened_here:
+                return read_picture(opened_here, channels, name=name, max_pixels=max_pixels)
+        name = name or 'The picture'
+        file: BinaryIO = io.BytesIO(source) if isinstance(source, bytes) else source
+        is_array = file.read(6) == b'\x93NUMPY'
+        file.seek(0)
+        if is_array:
+            return _read_array(file, name, channels, max_pixels)
+        mode = image_mode(channels)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # the limit here is our own
-            opened = Image.open(source)
+            opened = Image.open(file, formats=FORMATS)
         with opened:
-            _check_pixels(path, *opened.size, max_pixels)
-            return to_mode(opened, mode)
+            _check_pixels(name, *opened.size, max_pixels)
+            upright = ImageOps.exif_transpose(opened)
+            upright.format = opened.format
+            return to_mode(upright, mode)
     except Image.DecompressionBombError as e:  # raised on opening, before anything is decoded
-        raise UserError(f'{path.name} is too large: {e}') from e
-    except (OSError, SyntaxError, ValueError) as e:
-        reason = 'it is not an image, or of a type that is not known' if isinstance(e, UnidentifiedImageError) else e
-        raise UserError(f'{path.name} cannot be read as an image: {reason}.') from e
+        raise UserError(f'{name} is too large: {e}') from e
+    except UnidentifiedImageError as e:
+        raise UserError(
+            f'{name} cannot be read as an image: it is not one, or not of {", ".join(FORMATS)} or NumPy.') from e
+    except OSError as e:
+        raise UserError(f'{name} cannot be read as an image: {e.strerror or e}.') from e
+    except (SyntaxError, ValueError, EOFError) as e:
+        raise UserError(f'{name} cannot be read as an image: {e}.') from e
 
 
-def prepare_picture(picture: Image.Image | torch.Tensor, data_config: dict[str, Any]) -> torch.Tensor:
-    """A picture from `read_picture` as a model takes it, by timm's evaluation preprocessing, (1, C, H, W)."""
+def prepare_picture(
+        picture: Image.Image | torch.Tensor,
+        data_config: dict[str, Any],
+        max_pixels: int = MAX_PIXELS,
+) -> torch.Tensor:
+    """A picture from `read_picture` as a model takes it, by timm's evaluation preprocessing, (1, C, H, W).
+
+    Raises:
+        UserError: Resized, it would have more than `max_pixels`: timm fits the shorter side of a picture.
+    """
+    width, height = picture.size if isinstance(picture, Image.Image) else (picture.shape[2], picture.shape[1])
+    if data_config.get('crop_mode') not in ('squash', 'border'):
+        scale = max(side / data_config['crop_pct'] / given for side, given in zip(
+            data_config['input_size'][1:], (height, width)))
+        if max(1., scale) ** 2 * width * height > max_pixels:
+            raise UserError(
+                f'A picture of {width}x{height} pixels is too narrow: its shorter side is resized to '
+                f'{data_config["input_size"][1]} pixels and more, which makes it larger than {max_pixels / 1e6:.3g} '
+                'million pixels. Cut it first.')
     return create_transform(**data_config, is_training=False)(picture)[None]
 
 
@@ -107,27 +145,31 @@ def to_pixels(images: torch.Tensor, data_config: dict[str, Any]) -> torch.Tensor
     return images * std + mean
 
 
-def _read_array(path: Path, channels: int, max_pixels: int | None) -> torch.Tensor:
-    try:
-        array = np.load(path, mmap_mode='r', allow_pickle=False)
-    except (OSError, ValueError, EOFError) as e:
-        raise UserError(f'{path.name} cannot be read as an array: {e}') from e
-    if array.ndim == 2:
-        array = array[..., None]
-    if array.ndim != 3 or array.shape[-1] != channels:
-        raise UserError(f'{path.name} has the shape {array.shape}, the model takes (height, width, {channels}).')
-    _check_pixels(path, array.shape[1], array.shape[0], max_pixels)
-    if array.dtype == np.uint8:
+def _read_array(file: BinaryIO, name: str, channels: int, max_pixels: int) -> torch.Tensor:
+    version = np.lib.format.read_magic(file)
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    if version not in readers:
+        raise ValueError(f'its version {version} of NumPy\'s format is not known')
+    shape, _, dtype = readers[version](file)
+    size = (*shape, 1) if len(shape) == 2 else shape
+    if len(size) != 3 or size[-1] != channels:
+        raise UserError(f'{name} has the shape {shape}, the model takes (height, width, {channels}).')
+    _check_pixels(name, size[1], size[0], max_pixels)
+    if dtype != np.uint8 and not np.issubdtype(dtype, np.floating):
+        raise UserError(f'{name} must hold uint8, or floats from 0 to 1.')
+    file.seek(0)
+    array = np.load(file, allow_pickle=False).reshape(size)
+    if dtype == np.uint8:
         array = array / np.float32(255)
-    elif not np.issubdtype(array.dtype, np.floating) or not 0 <= array.min() <= array.max() <= 1:
-        raise UserError(f'{path.name} must hold uint8, or floats from 0 to 1.')
+    elif not 0 <= array.min() <= array.max() <= 1:
+        raise UserError(f'{name} must hold uint8, or floats from 0 to 1.')
     return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1), dtype=np.float32))
 
 
-def _check_pixels(path: Path, width: int, height: int, most: int | None) -> None:
-    if most is not None and width * height > most:
+def _check_pixels(name: str, width: int, height: int, most: int) -> None:
+    if width * height > most:
         raise UserError(
-            f'{path.name} has {width}x{height} pixels, {width * height / 1e6:.3g} million. At most {most / 1e6:.3g} '
+            f'{name} has {width}x{height} pixels, {width * height / 1e6:.3g} million. At most {most / 1e6:.3g} '
             'million are taken: make it smaller first.')
 
 
@@ -333,6 +375,12 @@ def _count_ignored(root: str) -> int:
     return sum(
         Path(name).suffix.lower() in others
         for folder, _, names in os.walk(root, followlinks=True) for name in names if folder != str(root))
+
+
+def class_names_of(dataset: Any) -> list[str]:
+    """Names of the classes of a timm dataset in their order, [] where it does not know them."""
+    indices = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None) or {}
+    return sorted(indices, key=lambda name: indices[name])
 
 
 def _check_classes(dataset: Dataset, num_classes: int | None) -> None:

@@ -3,7 +3,7 @@ import dataclasses
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,6 @@ def evaluate_model(
         rank: int = 0,
         world_size: int = 1,
         root_from: str = '--data-dir',
-        watch: Callable[[Any], Iterable[Any]] = lambda loader: loader,
 ) -> dict[str, Any]:
     """Evaluate a model band by band.
 
@@ -62,7 +61,6 @@ def evaluate_model(
         rank: Part of the data that this process evaluates.
         world_size: Number of processes.
         root_from: Where the folder of the data was stated, for error messages.
-        watch: Takes the loader and hands its batches on, to say how far it is, or to stop by an exception.
 
     Returns:
         A report that `json.dump` takes: results by band, and everything needed to repeat them.
@@ -88,7 +86,7 @@ def evaluate_model(
     )
     results = evaluate_bands(
         model.model.to(device),
-        watch(loader),
+        loader,
         settings.radii,
         kinds=settings.kinds,
         options=settings.options,

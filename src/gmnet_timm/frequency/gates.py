@@ -6,7 +6,7 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from gmnet_timm.frequency.tracing import FoundProduct, trace
+from gmnet_timm.frequency.tracing import FoundProduct, trace, uncompiled
 
 __all__ = ['find_gates', 'find_products']
 
@@ -41,6 +41,7 @@ def find_products(model: nn.Module, x: torch.Tensor | None = None) -> dict[str, 
     Raises:
         UserError: TorchScript does not tell which module multiplies.
     """
+    model = uncompiled(model)
     with _evaluation_mode(model):
         return trace(model, _example_input(model) if x is None else x, layouts=False).products
 

@@ -22,8 +22,8 @@ from gmnet_timm.frequency.extras import require_matplotlib
 from gmnet_timm.frequency.heatmap import HeatmapPoint, radial_summary
 from gmnet_timm.frequency.learn_tasks import IDEAL
 from gmnet_timm.frequency.sensitivity import Sensitivity
-from gmnet_timm.frequency.signals import LayerSpectrum
-from gmnet_timm.frequency.split import modes_per_bin, radial_power_spectrum
+from gmnet_timm.frequency.signals import SIGNAL_NAMES, LayerSpectrum
+from gmnet_timm.frequency.split import log_amplitude_spectrum, modes_per_bin, radial_power_spectrum
 from gmnet_timm.frequency.statistics import mean_interval
 from gmnet_timm.frequency.theory import MapPrediction
 from gmnet_timm.frequency.variants import Variant
@@ -49,10 +49,7 @@ _LINES: list[dict[str, Any]] = [
     dict(linestyle=(0, (3, 1, 1, 1)), marker='P', color='#e69f00'),
     dict(linestyle='-', marker='*', color='#56b4e9', markerfacecolor='white'),
 ]
-_SIGNALS = {  # style and label of each signal of a layer
-    'input': (1, 'input'), 'output': (0, 'output'), 'gate': (2, 'gate operand'), 'value': (1, 'value operand'),
-    'product': (0, 'product'),
-}
+_SIGNAL_STYLES = {'input': 1, 'output': 0, 'gate': 2, 'value': 1, 'product': 0}
 _KINDS: dict[str, dict[str, Any]] = {
     'low': dict(color='#0072b2', linestyle='-'), 'high': dict(color='#d55e00', linestyle='--'),
 }
@@ -101,10 +98,9 @@ def plot_spectrum(layer: LayerSpectrum, ax: Any = None) -> Any:
     """
     ax = _own(ax)
     for name, signal in layer.signals.items():
-        style, label = _SIGNALS[name]
         energy = signal.power.mean(0)[1:].sum()
         values = signal.per_mode[1:] / energy
-        _log_line(ax, values, label=label, **_LINES[style])
+        _log_line(ax, values, label=SIGNAL_NAMES[name], **_LINES[_SIGNAL_STYLES[name]])
     statistics = layer.statistics
     if statistics is not None and statistics.predicted is not None:
         size = layer.signals['product'].size
@@ -249,6 +245,11 @@ def plot_image_spectrum(image: torch.Tensor, ax: Any = None, *, radii: Sequence[
     power = (radial_power_spectrum(image.detach().float().cpu()).mean(0) / modes_per_bin(*image.shape[-2:]))[1:]
     power = torch.where(power > 1e-12 * power.max(), power, math.nan)  # rounding errors are no power
     ax.semilogy(range(1, len(power) + 1), power, color='black', linewidth=1.2)
+    top, bottom = (x.item() for x in (power.nan_to_num(0.).max(), power.nan_to_num(math.inf).min()))
+    if 0 < bottom < math.inf:  # two decades at least: a flat spectrum is to look flat, and ticks need room
+        middle, half = (top * bottom) ** .5, max(10., 1.5 * (top / bottom) ** .5)
+        ax.set_ylim(middle / half, middle * half)
+        ax.set_yticks([], minor=True)
     radius_axis(ax, len(power))
     for radius in radii:
         ax.axvline(radius, color='gray', linestyle='--', linewidth=.8)
@@ -594,25 +595,32 @@ def draw_image_spectrum(image: torch.Tensor, title: str = '') -> Any:
 
 
 def draw_maps(maps: Mapping[str, torch.Tensor], channels: Sequence[int], title: str = '') -> Any:
-    """Maps of a layer: a row per signal with one colour scale, a column per channel.
+    """Maps of a layer, a row per signal with one colour scale, and below it their log-amplitude spectra.
 
     Args:
         maps: Maps (C, H, W) by name of the signal.
         channels: Which ones to draw.
         title: Title of the figure.
     """
-    figure, axes = _figure(len(maps), len(channels), 1.15, 1.25)
-    for row, (name, signal) in zip(axes, maps.items(), strict=True):
-        shown = [signal[channel].float().cpu() for channel in channels if channel < len(signal)]
-        low, high = min(x.min().item() for x in shown), max(x.max().item() for x in shown)
-        for axis, channel, x in zip(row, channels, shown, strict=False):
-            image = axis.imshow(x, vmin=low, vmax=high, cmap='viridis', interpolation='nearest')
-            axis.set_title(f'channel {channel}', fontsize=8)
-        for axis in row:
-            axis.set_xticks([])
-            axis.set_yticks([])
-        row[0].set_ylabel(_SIGNALS[name][1], fontsize=9)
-        figure.colorbar(image, ax=list(row), pad=.01).ax.tick_params(labelsize=7)
+    figure, axes = _figure(2 * len(maps), len(channels), 1.15, 1.25)
+    for i, (name, signal) in enumerate(maps.items()):
+        chosen = [channel for channel in channels if channel < len(signal)]
+        shown = [signal[channel].float().cpu() for channel in chosen]
+        rows = (
+            (axes[2 * i], shown, 'viridis', SIGNAL_NAMES[name]),
+            (axes[2 * i + 1], [log_amplitude_spectrum(x) for x in shown], 'magma', 'log amplitude'),
+        )
+        for row, pictures, colours, label in rows:
+            low = min(x.nan_to_num(math.inf).min().item() for x in pictures)
+            high = max(x.nan_to_num(-math.inf).max().item() for x in pictures)
+            for axis, channel, x in zip(row, chosen, pictures, strict=False):
+                image = axis.imshow(x, vmin=low, vmax=high, cmap=colours, interpolation='nearest')
+                axis.set_title(f'channel {channel}' if colours == 'viridis' else '', fontsize=8)
+            for axis in row:
+                axis.set_xticks([])
+                axis.set_yticks([])
+            row[0].set_ylabel(label, fontsize=8)
+            figure.colorbar(image, ax=list(row), pad=.01).ax.tick_params(labelsize=7)
     figure.suptitle(title, fontsize=11)
     return figure
 

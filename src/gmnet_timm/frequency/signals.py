@@ -7,6 +7,9 @@ import torch
 
 from gmnet_timm.frequency.split import modes_per_bin
 
+SIGNAL_NAMES = {
+    'input': 'input', 'output': 'output', 'gate': 'gate operand', 'value': 'value operand', 'product': 'product'}
+
 __all__ = ['GateStatistics', 'LayerSpectrum', 'Signal', 'high_low_ratio']
 
 
@@ -145,6 +148,26 @@ class LayerSpectrum:
                        for i, key in enumerate(('gain', 'gain_low', 'gain_high'))},
                 ))
         return rows
+
+    def described(self) -> dict[str, str]:
+        """The summary in words, for a person."""
+        def number(value: float) -> str:
+            return f'{value:.4g}' if math.isfinite(value) else 'undefined'
+
+        found = {
+            f'{SIGNAL_NAMES[name]}, high/low': f'{number(signal.high_low_ratio)} ({signal.size[0]}×{signal.size[1]})'
+            for name, signal in self.signals.items()}
+        statistics = self.statistics
+        if statistics is not None:
+            if statistics.predicted is not None:
+                predicted = high_low_ratio(statistics.predicted, self.signals['product'].cutoff)
+                found[f'product in theory ({statistics.theory}), high/low'] = number(predicted)
+            found['aliased energy'] = f'{number(100 * statistics.aliased)} %'
+            found['clipped below, above'] = (
+                f'{100 * statistics.clipped_low:.1f} %, {100 * statistics.clipped_high:.1f} %')
+            found['energy of product / value'] = number(statistics.gain)
+            found['std before the gate'] = number(statistics.pre_gate_std)
+        return found
 
     def summary_row(self) -> dict[str, Any]:
         """One row for a CSV: ratios of high to low energy, and a gate's statistics."""

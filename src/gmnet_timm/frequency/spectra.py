@@ -14,7 +14,7 @@ from gmnet_timm.frequency.processes import gathered, share
 from gmnet_timm.frequency.progress import progress
 from gmnet_timm.frequency.signals import LayerSpectrum
 from gmnet_timm.frequency.tallies import GateTally, ModuleTally, Tally
-from gmnet_timm.frequency.tracing import FoundProduct, Product, Recorder, Trace, trace, watch_modules
+from gmnet_timm.frequency.tracing import FoundProduct, Product, Recorder, Trace, trace, uncompiled, watch_modules
 
 __all__ = ['find_blocks', 'layer_spectra', 'list_layers', 'strongest_channels']
 
@@ -49,7 +49,7 @@ def list_layers(
     Returns:
         Name and kind of each, 'module' for blocks, in the model's order.
     """
-    found = trace(model, images, activations='activation' in kinds)
+    found = trace(uncompiled(model), images, activations='activation' in kinds)
     products = _chosen_products(found, kinds, None)
     return [
         *((name, product.kind) for name, product in products.items()),
@@ -106,6 +106,7 @@ def layer_spectra(
         raise UserError(f'The kinds are {", ".join(KINDS)}, got {", ".join(unknown)}.')
     if channels is not None and channels < 1:
         raise UserError(f'The number of channels must be positive, got {channels}.')
+    model = uncompiled(model)
     device = next(model.parameters(), torch.empty(0)).device
     batches = (batch.to(device) for batch, *_ in progress(loader, 'layers', 'batch', show=show_progress))
     first = next(batches, None)

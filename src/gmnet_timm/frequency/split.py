@@ -16,8 +16,8 @@ import torch
 from gmnet_timm.errors import UserError
 
 __all__ = [
-    'check_corner', 'check_radii', 'frequency_bands', 'largest_radius', 'modes_per_bin', 'num_radial_bins',
-    'radial_power_spectrum', 'spectrum_of', 'split_frequencies',
+    'check_corner', 'check_radii', 'default_radii', 'frequency_bands', 'largest_radius', 'log_amplitude_spectrum',
+    'modes_per_bin', 'num_radial_bins', 'radial_power_spectrum', 'spectrum_of', 'split_frequencies',
 ]
 
 
@@ -199,6 +199,25 @@ def check_corner(radii: Sequence[float], input_size: Sequence[int]) -> None:
 def largest_radius(input_size: Sequence[int]) -> int:
     """The largest whole radius that `check_corner` takes for images (…, H, W)."""
     return math.ceil(_corner(*input_size[-2:])) - 1
+
+
+def default_radii(input_sizes: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """Two radii to begin with, for images (…, H, W) of all these sizes: the paper's 12 and 36 at 224 x 224 pixels."""
+    side = min(min(size[-2:]) for size in input_sizes)
+    return round(12 * side / 224), round(36 * side / 224)
+
+
+def log_amplitude_spectrum(images: torch.Tensor) -> torch.Tensor:
+    """Natural logarithm of |DFT| of real images (..., H, W) with the zero frequency at the centre, for pictures of it.
+
+    The centre is NaN, since the mean would hide the rest. Amplitudes are bounded from below at 1e-6 of the largest.
+    """
+    x = _as_float(images)
+    amplitude = torch.fft.fftshift(torch.fft.fft2(x - x.mean((-2, -1), keepdim=True)).abs(), (-2, -1))
+    amplitude = torch.maximum(amplitude, 1e-6 * amplitude.amax((-2, -1), keepdim=True))
+    log = amplitude.clamp(min=torch.finfo(x.dtype).tiny).log()
+    log[..., x.shape[-2] // 2, x.shape[-1] // 2] = math.nan
+    return log
 
 
 def _cached_by_size(fn):

@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from gmnet_timm.errors import UserError
 from gmnet_timm.frequency.positions import MOVES, Layout, Positions
 
-__all__ = ['FoundProduct', 'Product', 'Recorder', 'Trace', 'trace', 'watch_modules']
+__all__ = ['FoundProduct', 'Product', 'Recorder', 'Trace', 'trace', 'uncompiled', 'watch_modules']
 
 _ACTIVATIONS = {
     'relu', 'relu6', 'gelu', 'silu', 'sigmoid', 'hardsigmoid', 'hardswish', 'tanh', 'hardtanh', 'clamp', 'clamp_min',
@@ -96,6 +96,11 @@ class Trace:
     same: dict[tuple[str, str], tuple[str, str]] = dataclasses.field(default_factory=dict)
     products: dict[str, FoundProduct] = dataclasses.field(default_factory=dict)
     classes: dict[str, nn.Module] = dataclasses.field(default_factory=dict)
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model that `torch.compile` was given: what it compiled tells neither modules nor products."""
+    return getattr(model, '_orig_mod', model)
 
 
 def trace(model: nn.Module, images: torch.Tensor, *, activations: bool = False, layouts: bool = True) -> Trace:

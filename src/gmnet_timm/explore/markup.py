@@ -8,15 +8,14 @@ from typing import Any
 
 from PIL import Image
 
+from gmnet_timm.explore.pictures import Exploration, Images, Picture, ShownModel
 from gmnet_timm.frequency.answers import Change
 from gmnet_timm.frequency.bands import Band, SplitOptions
-from gmnet_timm.frequency.explore.subjects import Data, Exploration, Picture
-from gmnet_timm.frequency.explore.turns import Job
 from gmnet_timm.frequency.plots import displayable, figure_svg, plot_image_spectrum, plot_scan, radius_axis
-from gmnet_timm.frequency.spectra import LayerSpectrum
+from gmnet_timm.frequency.signals import LayerSpectrum
 
 __all__ = [
-    'cards', 'changes', 'chart', 'command', 'layer_summary', 'mark_positions', 'message', 'progress_bar', 'scan_charts',
+    'cards', 'changes', 'chart', 'command', 'layer_summary', 'mark_positions', 'message', 'scan_charts',
     'spectrum_chart', 'thumbnails',
 ]
 
@@ -31,7 +30,7 @@ def message(text: str, kind: str = 'error') -> str:
 def cards(picture: Picture, bands: Sequence[Band], options: SplitOptions) -> str:
     """The parts of a picture, each with what the models say of it."""
     about = picture.about
-    found = [picture.answers(i, bands, options) for i in range(len(about.subjects))]
+    found = [picture.answers(i, bands, options) for i in range(len(about.models))]
     parts = []
     for column, band in enumerate(bands):
         rows = []
@@ -48,20 +47,14 @@ def cards(picture: Picture, bands: Sequence[Band], options: SplitOptions) -> str
             2, '<section class="card band-pass empty"><h3>Band</h3><p>Move the second radius away from the first to '
             'see the frequencies between both.</p></section>')
     # one screen: with more below them, pictures are smaller
-    height = {1: 250 - 34 * (len(about.subjects) - 1), 2: 120}.get(len(about.groups()), 90)
+    height = {1: 250 - 34 * (len(about.models) - 1), 2: 120}.get(len(about.groups()), 90)
     return f'<div class="cards" style="--height: {max(90, height)}px">{"".join(parts)}</div>'
 
 
 def _part(picture: Picture, number: int, band: Band, options: SplitOptions) -> str:
-    """A part as an image. That of the whole picture is kept: it is there at every move."""
-    if band.radius is None and number in picture.whole:
-        return picture.whole[number]
     shown, note = displayable(picture.pixels(number, band, options), band.kind)
     size = 'x'.join(map(str, picture.images[number].shape[2:]))
-    part = f'<img src="{_png(shown)}" alt="{html.escape(str(band))}" title="{size} pixels{note}">'
-    if band.radius is None:
-        picture.whole[number] = part
-    return part
+    return f'<img src="{_png(shown)}" alt="{html.escape(str(band))}" title="{size} pixels{note}">'
 
 
 def _range(band: Band) -> str:
@@ -70,8 +63,8 @@ def _range(band: Band) -> str:
 
 
 def _answers(about: Exploration, number: int, band: Band, lines: Sequence[tuple[str, float]], whole: str) -> str:
-    label = about.subjects[number].label
-    head = f'<h4>{html.escape(label)}</h4>' if len(about.subjects) > 1 else ''
+    label = about.models[number].label
+    head = f'<h4>{html.escape(label)}</h4>' if len(about.models) > 1 else ''
     items = []
     for rank, (name, confidence) in enumerate(lines):
         kept = 'same' if name == whole else 'other' if rank == 0 else ''
@@ -82,23 +75,23 @@ def _answers(about: Exploration, number: int, band: Band, lines: Sequence[tuple[
     return f'{head}<ol data-model="{html.escape(label)}" data-band="{html.escape(str(band))}">{"".join(items)}</ol>'
 
 
-def thumbnails(data: Data, first: int, count: int, channels: int) -> str:
-    """Images of the data to choose from, evenly spaced."""
+def thumbnails(images: Images, first: int, count: int, channels: int) -> str:
+    """Images to choose from, evenly spaced."""
     buttons = []
-    step = max(1, data.count // count)
-    for i in range(min(count, data.count)):
-        index = (i * data.count // min(count, data.count) + first % step) % data.count
+    step = max(1, images.count // count)
+    for i in range(min(count, images.count)):
+        index = (i * images.count // min(count, images.count) + first % step) % images.count
         try:
-            image = data.read(index, channels, max_pixels=None)
+            image = images.read(index, channels)
         except Exception:  # a file that cannot be decoded has no thumbnail
             continue
         if isinstance(image, Image.Image):
             image.thumbnail((88, 88))
-            name = html.escape(data.name(index))
+            name = html.escape(images.name(index))
             buttons.append(
                 f'<button data-index="{index}" title="{name}"><img alt="{name}" src="{_png(image)}"></button>')
     more = '<button data-more="1" title="other images of the data" aria-label="other images">›</button>'
-    return f'<div class="thumbnails">{"".join(buttons)}{more if data.count > count else ""}</div>'
+    return f'<div class="thumbnails">{"".join(buttons)}{more if images.count > count else ""}</div>'
 
 
 def chart(svg: str, marks: str = '', name: str = '') -> str:
@@ -121,14 +114,14 @@ def scan_charts(picture: Picture, points: Sequence[Sequence[Any]]) -> str:
     """Confidence in the answer to the whole image against the radius, for each model."""
     about = picture.about
     found = []
-    for subject, scanned in zip(about.subjects, points, strict=True):
+    for model, scanned in zip(about.models, points, strict=True):
         if scanned:
             figure, axis = _small_figure()
             plot_scan(scanned, about.largest_radius, axis)
             axis.legend(
                 fontsize=7, loc='lower right', bbox_to_anchor=(1.02, .97), ncols=3, frameon=False, columnspacing=1.2,
                 handlelength=1.8)
-            title = f'confidence in the answer to the whole image: {subject.label}'
+            title = f'confidence in the answer to the whole image: {model.label}'
             found.append(chart(figure_svg(figure, crop=False), _MARKS, title))
     return f'<div class="charts">{"".join(found)}</div>'
 
@@ -149,54 +142,36 @@ def _percents(largest: int) -> list[float]:
     return [100 * axis.transData.transform((x, 0))[0] / figure.bbox.width for x in range(largest + 1)]
 
 
-def changes(about: Exploration, found: Sequence[Sequence[Change]], scanned: Sequence[bool]) -> str:
+def changes(about: Exploration, found: Sequence[Sequence[Change] | None]) -> str:
     """Where the answers change, as buttons that set the radius.
 
     Args:
         about: What the page is about.
-        found: Changes of each model, by bisection or, once it was scanned, all.
-        scanned: For each model, whether the changes are all there are.
+        found: All changes of each model, None for a model whose radii were not all looked at yet.
     """
     rows = []
-    for subject, mine, all_known in zip(about.subjects, found, scanned, strict=True):
-        head = f'<h4>{html.escape(subject.label)}</h4>' if len(about.subjects) > 1 else ''
-        rows.append(head + ''.join(_change(subject, kind, mine, all_known) for kind in ('low', 'high')))
+    for model, mine in zip(about.models, found, strict=True):
+        head = f'<h4>{html.escape(model.label)}</h4>' if len(about.models) > 1 else ''
+        rows.append(head + ''.join(_change(model, kind, mine) for kind in ('low', 'high')))
     return f'<div class="changes"><h3>Where the answer changes first</h3>{"".join(rows)}</div>'
 
 
-def _change(subject: Any, kind: str, found: Sequence[Change], scanned: bool) -> str:
+def _change(model: ShownModel, kind: str, found: Sequence[Change] | None) -> str:
+    title = f'<p data-kind="{kind}" data-scanned="{found is not None}"><b class="{kind}">{_TITLES[kind]}</b> '
+    if found is None:
+        return f'{title}looking at all whole radii …</p>'
     mine = [change for change in found if change.kind == kind]
-    title = f'<p data-kind="{kind}" data-scanned="{scanned}"><b class="{kind}">{_TITLES[kind]}</b> '
     if not mine:
-        found_none = 'no change at any whole radius' if scanned else 'none found by bisection, all radii follow …'
-        return f'{title}{found_none}</p>'
+        return f'{title}no change at any whole radius</p>'
     first, others = mine[0], len(mine) - 1
-    if not scanned:
-        note = 'found by bisection; the first one follows …'
-    else:
-        note = f'and {others} more change{"s" if others > 1 else ""} beyond' if others else 'the only change'
-    names = ' → '.join(html.escape(_name(subject, number)) for number in (first.before, first.after))
+    note = f'and {others} more change{"s" if others > 1 else ""} beyond' if others else 'the only change'
+    names = ' → '.join(html.escape(_name(model, number)) for number in (first.before, first.after))
     return (f'{title}<button data-radius="{first.radius}" title="set the radius">r = {first.radius}</button> {names} '
             f'<small>({note})</small></p>')
 
 
-def _name(subject: Any, number: int) -> str:
-    return subject.class_names[number] if subject.class_names else f'class {number}'
-
-
-def progress_bar(job: Job) -> str:
-    """How far the accuracies are."""
-    share = 100 * job.done / job.total if job.total else 0
-    if job.state == 'running':
-        text = f'{job.done} of {job.total or "…"} batches. It gives way while you move something.'
-    else:
-        text = {'': '', 'done': 'Done.', 'stopped': 'Stopped: models that were done are kept.',
-                'failed': job.error}[job.state]
-    if not text:
-        return ''
-    bar = f'<progress max="100" value="{share:.0f}">{share:.0f} %</progress>' if job.state == 'running' else ''
-    kind = 'error' if job.state == 'failed' else 'note'
-    return f'<div class="job" data-state="{job.state}">{bar}{message(text, kind)}</div>'
+def _name(model: ShownModel, number: int) -> str:
+    return model.class_names[number] if model.class_names else f'class {number}'
 
 
 def command(lines: str) -> str:
@@ -206,10 +181,9 @@ def command(lines: str) -> str:
 
 def layer_summary(layer: LayerSpectrum) -> str:
     """The numbers of a layer in a line."""
-    row = {name: value for name, value in layer.summary_row().items() if value not in ('', None)}
     cells = ''.join(
-        f'<div><dt>{name.replace("_", " ")}</dt><dd>{value if isinstance(value, str) else f"{value:.4g}"}</dd></div>'
-        for name, value in row.items() if name not in ('layer', 'kind'))
+        f'<div><dt>{html.escape(name)}</dt><dd>{html.escape(value)}</dd></div>'
+        for name, value in layer.described().items())
     return f'<dl class="summary">{cells}</dl>'
 
 
