@@ -1,10 +1,8 @@
-"""Measure GmNet and other models, report, compare and profile.
+"""Measure GmNet and other models, and report.
 
     python -m benchmarks run latency --threads 1
     python -m benchmarks report benchmarks/results/*.json
-    python -m benchmarks report --documents README.md docs/benchmarks.md
-    python -m benchmarks compare before.json after.json
-    python -m benchmarks profile gmnet_s3 --runtime openvino
+    python -m benchmarks report benchmarks/results/*-latency.json --figure docs/benchmarks.svg
 """
 import argparse
 import shlex
@@ -21,8 +19,7 @@ from .figure import draw
 from .machine import describe_machine, keep_freed_memory, slug
 from .measure import MEMORY_FORMATS, MODES, Settings, measure
 from .models import MODELS, split
-from .profiling import profile
-from .report import compare, report, update
+from .report import faster, report
 from .results import Results
 from .runtimes import DTYPES, RUNTIMES
 
@@ -57,20 +54,11 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument('--smoke', action='store_true', help='see that everything works, in seconds; measures nothing')
     run.add_argument('--output', type=Path, help='default: benchmarks/results/MACHINE-MODE.json')
 
-    show = commands.add_parser('report', help='print tables, draw the figure, write the sections of documents')
-    show.add_argument('files', nargs='*', type=Path)
+    show = commands.add_parser('report', help='print tables, draw the figure')
+    show.add_argument('files', nargs='+', type=Path)
+    show.add_argument('--faster', action='store_true', help='print which models are as accurate and faster')
     show.add_argument('--figure', type=Path, help='draw accuracy against latency to this file, .svg or .png')
-    show.add_argument('--documents', nargs='+', type=Path, default=[], help='Markdown files to write the sections of')
 
-    look = commands.add_parser('profile', help='where the time of a fused model goes, on the CPU')
-    look.add_argument('model')
-    look.add_argument('--runtime', choices=['eager', 'compile', 'compile-max', 'openvino'], default='eager')
-    look.add_argument('--dtype', choices=list(DTYPES), default='float32')
-    look.add_argument('--threads', type=int, default=1)
-
-    both = commands.add_parser('compare', help='ratios of two result files')
-    both.add_argument('before', type=Path)
-    both.add_argument('after', type=Path)
     return top
 
 
@@ -121,36 +109,24 @@ def run(args: argparse.Namespace) -> None:
     rows, peak = measure(chosen, log=lambda line: print(line, file=sys.stderr, flush=True))
     command = 'python -m benchmarks ' + shlex.join(sys.argv[1:])
     results = Results(machine, chosen, command, peak, rows)
-    name = f'{"smoke-" if chosen.smoke else ""}{slug(machine)}-{chosen.mode}.json'
-    path = args.output or ROOT / 'results' / name
+    folder = ROOT / 'results' / ('smoke' if chosen.smoke else '')
+    path = args.output or folder / f'{slug(machine)}-{chosen.mode}.json'
     results.save(path)
     print(report([results]))
     print(f'wrote {path} and {path.with_suffix(".csv").name}')
 
 
 def show(args: argparse.Namespace) -> None:
-    if not args.files and not args.documents or args.figure and not args.files:
-        raise UserError('Nothing to report: name result files, or --documents whose sections name them.')
     results = [Results.load(path) for path in args.files]
-    if results:
-        print(report(results))
+    print(faster(results) if args.faster else report(results))
     if args.figure:
         draw(results, args.figure)
-    for document in args.documents:
-        update(document)
 
 
 def main() -> None:
     args = parser().parse_args()
     try:
-        if args.command == 'run':
-            run(args)
-        elif args.command == 'report':
-            show(args)
-        elif args.command == 'profile':
-            print(profile(args.model, args.runtime, args.dtype, args.threads))
-        else:
-            print(compare(Results.load(args.before), Results.load(args.after)))
+        run(args) if args.command == 'run' else show(args)
     except UserError as e:
         sys.exit(f'error: {e}')
 

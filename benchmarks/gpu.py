@@ -1,11 +1,10 @@
-"""What a CUDA device needs that a CPU does not: arithmetic modes, events, its clocks, and whether gates were fused."""
-import re
+"""What a CUDA device needs that a CPU does not: arithmetic modes, events, its clocks."""
 import subprocess
 from typing import Any
 
 import torch
 
-__all__ = ['STATE', 'device_ms', 'fused_gates', 'gpu_state', 'release', 'set_arithmetic', 'synchronize']
+__all__ = ['STATE', 'device_ms', 'gpu_state', 'release', 'set_arithmetic', 'synchronize']
 
 # What nvidia-smi knows of a device under load. The reasons are a bit mask, 0 if nothing holds the clock down.
 STATE = {
@@ -79,14 +78,3 @@ def gpu_state(device: str) -> dict[str, str] | None:
     except (OSError, subprocess.CalledProcessError):
         return None
     return dict(zip(STATE, line.split(', ')))
-
-
-def fused_gates(code: str) -> int:
-    """Matmul kernels of Inductor's generated code whose epilogue holds a clamp and a product, which is GmNet's gate.
-
-    Args:
-        code: What Inductor has generated for one model. A kernel's name lists the operations that it fuses.
-    """
-    return sum(
-        bool(re.search('clamp|hardtanh', name)) and 'mul' in name.split('_')
-        for name in re.findall(r'^\s*(triton_tem_fused_\w+)\.run\(', code, re.MULTILINE))

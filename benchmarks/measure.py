@@ -57,7 +57,6 @@ class Row:
     device_ms: list[float] = dataclasses.field(default_factory=list)  # of the same iterations, by CUDA events
     kept_mb: float | None = None  # memory: what autograd keeps for the backward pass, MiB per image
     gpu_state: dict[str, str] | None = None  # right after the last round
-    fused_gates: int | None = None  # compile-max on a GPU: gates in the epilogue of a matmul
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +245,6 @@ def inference(
             candidate.to(memory_format=memory_format), x.to(memory_format=memory_format), case.dtype,
             settings.threads)
         row.error = relative_error(forward(), expected)
-    row.fused_gates = getattr(forward, 'fused_gates', None) if x.device.type == 'cuda' else None
     if not row.error <= TOLERANCE[case.dtype]:  # also for NaN
         row.status = f'wrong output: relative error {row.error:.1e}'
     return forward

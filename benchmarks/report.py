@@ -1,22 +1,14 @@
-"""Tables and comparisons, from result files alone."""
-import dataclasses
-import random
+"""Tables, from result files alone."""
 import re
 import statistics
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 
-from gmnet_timm.errors import UserError
-from gmnet_timm.files import write_text
-
-from .measure import Case, Row, describe
+from .measure import Case, Row
 from .models import find
-from .results import Results, quantile
+from .results import Results
 
-__all__ = ['compare', 'faster', 'latencies', 'machine', 'rendered', 'report', 'update']
+__all__ = ['conditions', 'faster', 'latencies', 'machine', 'report', 'table']
 
-RESULTS = Path(__file__).parent / 'results'
-SECTION = re.compile(r'(<!-- benchmarks: (\w+) ([\w -]+) -->\n).*?(<!-- benchmarks: end -->)', re.DOTALL)
 SMOKE = 'SMOKE RUN: small images, a few iterations. It shows that everything runs; its times say nothing.'
 ONE_PERCENT = 0.99  # closer than this two models count as equally fast
 
@@ -24,47 +16,6 @@ ONE_PERCENT = 0.99  # closer than this two models count as equally fast
 def report(results: Sequence[Results]) -> str:
     """A Markdown table for each result file, with the conditions that it was measured in."""
     return '\n\n'.join(f'{table(r)}\n\n{conditions(r)}' for r in results)
-
-
-def update(document: Path) -> None:
-    """Write the sections of a Markdown file anew, from the result files that they name.
-
-    A section is what stands between `<!-- benchmarks: VIEW NAME ... -->` and `<!-- benchmarks: end -->`. NAME is a file
-    of benchmarks/results without its ending, VIEW is report, faster or brief. After brief come one NAME and models.
-
-    Raises:
-        UserError: The document has no section, a view or a file does not exist, or a file is of a smoke run.
-    """
-    text = document.read_text(encoding='utf-8')
-    if not SECTION.search(text):
-        raise UserError(f'{document} has no section: add the lines <!-- benchmarks: report NAME --> and '
-                        f'<!-- benchmarks: end --> where the tables belong.')
-    write_text(document, rendered(text))
-
-
-def rendered(text: str) -> str:
-    """A Markdown text with its sections written anew."""
-    return SECTION.sub(lambda match: f'{match[1]}{section(match[2], match[3].split())}\n{match[4]}', text)
-
-
-def section(view: str, names: Sequence[str]) -> str:
-    if view == 'brief':
-        return brief(published(RESULTS / f'{names[0]}.json'), names[1:])
-    views: dict[str, Callable[[Sequence[Results]], str]] = {'report': report, 'faster': faster}
-    if view not in views:
-        raise UserError(f'A section cannot show {view}: choose {", ".join(views)}, brief.')
-    return views[view]([published(RESULTS / f'{name}.json') for name in names])
-
-
-def published(path: Path) -> Results:
-    """
-    Raises:
-        UserError: `path` is not a result file, or one of a smoke run.
-    """
-    results = Results.load(path)
-    if results.settings.smoke:
-        raise UserError(f'{path} is of a smoke run, which measures nothing: publish a full run.')
-    return results
 
 
 def table(results: Results, against_roofline: bool = True) -> str:
@@ -86,20 +37,6 @@ def table(results: Results, against_roofline: bool = True) -> str:
             cells.append(roofline(rows, results))
         lines.append(cells)
     return markdown(header, lines)
-
-
-def brief(results: Results, models: Sequence[str]) -> str:
-    """A few rows of the table, with a line of conditions, for a document that links the whole report.
-
-    Raises:
-        UserError: A model was not measured.
-    """
-    missing = set(models) - {row.case.model for row in results.rows}
-    if missing:
-        raise UserError(f'Not measured in this run: {", ".join(sorted(missing))}.')
-    rows = [row for row in results.rows if row.case.model in models]
-    what, where, *_ = conditions(results).splitlines()
-    return f'{table(dataclasses.replace(results, rows=rows), against_roofline=False)}\n\n{what}\n{where}'
 
 
 def markdown(header: list[str], lines: list[list[str]]) -> str:
@@ -255,9 +192,6 @@ def conditions(results: Results) -> str:
     ]
     if settings.mode == 'memory':
         del lines[2]
-    gates = {row.case.model: row.fused_gates for row in results.rows if row.fused_gates is not None}
-    if gates:
-        lines.append(f'Gates that Inductor fused into a matmul: {", ".join(f"{m} {n}" for m, n in gates.items())}.')
     held = {row.gpu_state['throttle_reasons'] for row in results.rows if row.gpu_state}
     if held:
         lines.append(f'Clocks: {states(results.rows)}; throttle reasons seen: {", ".join(sorted(held))}.')
@@ -276,50 +210,3 @@ def states(rows: Sequence[Row]) -> str:
     return ', '.join(
         f'{min(float(state[key]) for state in found):.0f} to {max(float(state[key]) for state in found):.0f} {unit}'
         for key, unit in (('sm_mhz', 'MHz'), ('power_w', 'W')))
-
-
-def compare(before: Results, after: Results) -> str:
-    """Ratios of median times, after / before, for the cases that both have; below 1 is faster.
-
-    The 95 % intervals come from drawing rounds anew (bootstrap), as the iterations of one round are alike. The ratios
-    of the machine's peaks show what the machine itself did in the two runs.
-
-    Raises:
-        UserError: The runs have no case in common.
-    """
-    old = {row.case: row for row in before.rows if row.samples_ms}
-    pairs = [(old[row.case], row) for row in after.rows if row.samples_ms and row.case in old]
-    if before.settings.mode != after.settings.mode or not pairs:
-        raise UserError('The files have no measurement in common: compare runs of the same mode, models and runtimes.')
-    lines = [SMOKE] if before.settings.smoke or after.settings.smoke else []
-    differences = [
-        f'{key}: {before.machine.get(key)} -> {after.machine.get(key)}'
-        for key in ('cpu', 'gpu', 'threads', 'versions', 'allocator', 'commit')
-        if before.machine.get(key) != after.machine.get(key)
-    ]
-    lines += differences
-    compute = before.peak.compute_macs_per_s, after.peak.compute_macs_per_s
-    for dtype in compute[0].keys() & compute[1].keys():
-        lines.append(f'{compute[0][dtype] / compute[1][dtype]:.3f}  the machine\'s peak compute, {dtype}')
-    bandwidth = before.peak.bandwidth_bytes_per_s / after.peak.bandwidth_bytes_per_s
-    lines.append(f'{bandwidth:.3f}  the machine\'s memory bandwidth')
-    for a, b in pairs:
-        ratio, low, high = ratio_with_interval(
-            per_round(a, before.settings.iterations), per_round(b, after.settings.iterations))
-        lines.append(f'{ratio:.3f} ({low:.3f} to {high:.3f})  {describe(b.case)}')
-    return '\n'.join(lines)
-
-
-def per_round(row: Row, iterations: int) -> list[float]:
-    samples = row.samples_ms
-    return [statistics.median(samples[i:i + iterations]) for i in range(0, len(samples), iterations)]
-
-
-def ratio_with_interval(before: list[float], after: list[float], draws: int = 2000) -> tuple[float, float, float]:
-    """Ratio of the medians, and its 95 % interval."""
-    rng = random.Random(0)
-    median: Callable[[list[float]], float] = statistics.median
-    ratios = [
-        median(rng.choices(after, k=len(after))) / median(rng.choices(before, k=len(before))) for _ in range(draws)
-    ]
-    return median(after) / median(before), quantile(ratios, 0.025), quantile(ratios, 0.975)

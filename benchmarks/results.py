@@ -77,7 +77,6 @@ class Results:
             'memory_mb': rounded(row.memory_mb),
             'kept_mb_per_image': rounded(row.kept_mb),
             'device_ms': rounded(statistics.median(row.device_ms)) if row.device_ms else None,
-            'fused_gates': row.fused_gates,
             **(row.gpu_state or {key: None for key in STATE}),
             'params': row.params,
             'macs': row.work.macs if row.work else None,

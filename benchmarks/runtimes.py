@@ -5,17 +5,13 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import nn
-from torch._inductor.graph import GraphLowering
 
 from gmnet_timm.errors import MissingExtraError
 
-from .gpu import fused_gates
-
-__all__ = ['DTYPES', 'RUNTIMES', 'Forward', 'Unsupported', 'compile_whole', 'openvino_request']
+__all__ = ['DTYPES', 'RUNTIMES', 'Forward', 'Unsupported', 'compile_whole']
 
 Forward = Callable[[], torch.Tensor]
 # 'tf32' is float32 in memory, computed with products of 10 bits of mantissa; 'float32' is IEEE arithmetic.
@@ -39,17 +35,12 @@ def compiled(net: nn.Module, x: torch.Tensor, dtype: str, threads: int) -> Forwa
 def compiled_max(net: nn.Module, x: torch.Tensor, dtype: str, threads: int) -> Forward:
     """Kernels picked by timing them, and on a GPU in a CUDA graph.
 
-    In channels_last Inductor may run 1x1 convolutions as matmuls of its own, whose epilogues can hold the gate. The
-    function that is returned has `fused_gates`, how many do.
+    In channels_last Inductor may run 1x1 convolutions as matmuls of its own, whose epilogues can hold the gate.
     """
     net, x = cast(net, x, dtype)
     if x.device.type == 'cuda':
         torch._dynamo.mark_static_address(x)  # or the graph copies its input in each call
-    code: list[str] = []
-    with mock.patch.object(GraphLowering, 'save_output_code', code.append):
-        forward = first_call(compile_whole(net, mode='max-autotune'), x)
-    forward.fused_gates = sum(map(fused_gates, code))  # type: ignore[attr-defined]
-    return forward
+    return first_call(compile_whole(net, mode='max-autotune'), x)
 
 
 def compile_whole(net: nn.Module, mode: str | None = None) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -120,17 +111,6 @@ def onnxruntime(net: nn.Module, x: torch.Tensor, dtype: str, threads: int) -> Fo
 
 
 def openvino(net: nn.Module, x: torch.Tensor, dtype: str, threads: int) -> Forward:
-    request = openvino_request(net, x, dtype, threads)
-
-    def forward() -> torch.Tensor:
-        request.infer()
-        return torch.from_numpy(request.get_output_tensor().data)
-
-    return forward
-
-
-def openvino_request(net: nn.Module, x: torch.Tensor, dtype: str, threads: int, profile: bool = False):
-    """A request of OpenVINO that has its input."""
     hints = {'float32': 'f32', 'bfloat16': 'bf16'}
     if x.device.type != 'cpu' or dtype not in hints:
         raise Unsupported(f'no OpenVINO in {dtype} on {x.device.type}')
@@ -139,7 +119,6 @@ def openvino_request(net: nn.Module, x: torch.Tensor, dtype: str, threads: int, 
     if dtype == 'bfloat16' and 'BF16' not in core.get_property('CPU', 'OPTIMIZATION_CAPABILITIES'):
         raise Unsupported('this CPU has no bfloat16 instructions that OpenVINO uses')
     settings = {
-        'PERF_COUNT': profile,
         'PERFORMANCE_HINT': 'LATENCY',
         'INFERENCE_NUM_THREADS': threads,
         'INFERENCE_PRECISION_HINT': hints[dtype],  # unasked, it takes bfloat16 where the CPU has it
@@ -147,8 +126,13 @@ def openvino_request(net: nn.Module, x: torch.Tensor, dtype: str, threads: int, 
     with tempfile.TemporaryDirectory() as folder:
         path = export_onnx(net, x.contiguous(), Path(folder))
         request = core.compile_model(str(path), 'CPU', settings).create_infer_request()
-    request.infer([x.contiguous().numpy()])
-    return request
+    request.infer([x.contiguous().numpy()])  # it keeps the input
+
+    def forward() -> torch.Tensor:
+        request.infer()
+        return torch.from_numpy(request.get_output_tensor().data)
+
+    return forward
 
 
 def tensorrt(net: nn.Module, x: torch.Tensor, dtype: str, threads: int) -> Forward:

@@ -122,8 +122,16 @@ def _register(loaded):
 
 
 def _import_models():
+    from timm import layers
+    if not hasattr(layers, 'get_device_dtype'):  # timm before 1.0.31, such as that beside train.py in a checkout
+        layers.get_device_dtype = _get_device_dtype
     import gmnet_timm.gated
     import gmnet_timm.gmnet  # noqa: F401
+
+
+def _get_device_dtype(module):
+    parameter = next(module.parameters())
+    return {'device': parameter.device, 'dtype': parameter.dtype}
 
 
 def _remove_hooks():

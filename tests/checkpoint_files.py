@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from gmnet_timm.checkpoint.description import ModelDescription
-from gmnet_timm.checkpoint.writing import save_weights
+from gmnet_timm.weights.convert import save_weights
+from gmnet_timm.weights.description import ModelDescription
 
 LEGACY_HEAD = (0x1950A86A20F9469CFC6C, 1001, {'protocol_version': 1001, 'little_endian': True, 'type_sizes': {}})
 

@@ -213,7 +213,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _validate_yaml(self):
         text = json.loads(self.body)['content']
         metadata = yaml.safe_load(text.split('---')[1]) if text.startswith('---') else None
-        errors = [] if isinstance(metadata, dict) and metadata.get('license') else [{'message': 'no licence'}]
+        errors = [] if isinstance(metadata, dict) and metadata.get('tags') else [{'message': 'no tags'}]
         self._json(400 if errors else 200, {'errors': errors, 'warnings': []})
 
     def _model_info(self, repo_id, revision='main'):

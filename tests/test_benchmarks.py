@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,12 +14,10 @@ from torch import nn
 pytest.importorskip('openvino', reason="what benchmarks need is not installed: pip install 'gmnet-timm[bench]'")
 
 from benchmarks import measure as measuring
-from benchmarks import report as reporting
 from benchmarks.figure import draw, frontier, ticks
 from benchmarks.measure import Case, Row, Settings, measure, past_its_best
 from benchmarks.models import MODELS, Model, create, find, fuse, split
-from benchmarks.profiling import profile
-from benchmarks.report import compare, faster, ratio_with_interval, rendered, report, update
+from benchmarks.report import conditions, faster, report, table
 from benchmarks.results import Results
 from benchmarks.roofline import Peak, Work, measure_work
 from benchmarks.runtimes import RUNTIMES
@@ -246,38 +245,6 @@ def test_report(tmp_path):
     assert 'out of memory' in theirs
 
 
-def test_documents(tmp_path, monkeypatch):
-    """A section is written from the files that it names, and nothing else is touched."""
-    monkeypatch.setattr(reporting, 'RESULTS', tmp_path)
-    rows = [Row(CASE, 'ok', 1e-7, None, [1.0, 4.0, 2.0], 0.5, Work(10 ** 9, 2, 3), 4 * 10 ** 6)]
-    results(rows, smoke=False).save(tmp_path / 'full.json')
-    results(rows).save(tmp_path / 'smoke.json')
-    readme = tmp_path / 'README.md'
-
-    def write(view):
-        readme.write_text(f'before\n<!-- benchmarks: {view} -->\nold\n<!-- benchmarks: end -->\nafter\n')
-
-    write('report full')
-    update(readme)
-    text = readme.read_text()
-    assert text.startswith('before\n<!-- benchmarks: report full -->\n| model') and 'old' not in text
-    assert text.endswith('\n<!-- benchmarks: end -->\nafter\n') and text == rendered(text)
-    write('brief full gmnet_s1')
-    update(readme)
-    lines = readme.read_text().splitlines()
-    assert '`gmnet_s1`' in lines[4] and 'roofline' not in readme.read_text() and lines[6].startswith('Milliseconds')
-    for view, message in [('report smoke', 'is of a smoke run'), ('report gone', 'is not a result file'),
-                          ('picture full', 'A section cannot show picture: choose report, faster, brief.'),
-                          ('brief full gmnet_s9', 'Not measured in this run: gmnet_s9')]:
-        write(view)
-        with pytest.raises(UserError, match=message):
-            update(readme)
-        assert '\nold\n' in readme.read_text()
-    readme.write_text('no markers')
-    with pytest.raises(UserError, match='has no section: add the lines'):
-        update(readme)
-
-
 def latency_rows(times):
     return [Row(dataclasses.replace(CASE, model=name, img_size=224), 'ok', 1e-7, None, [ms], 0.5, Work(1, 2, 3), 4)
             for name, ms in times.items()]
@@ -334,26 +301,6 @@ def test_frontier():
     assert frontier([(3, 70), (1, 60), (2, 75), (4, 76)]) == ([1, 2, 4], [60, 75, 76])
 
 
-def test_compare():
-    rows = [Row(CASE, 'ok', 0., None, [10.0, 10.2, 10.1, 9.9], 1., Work(1, 2, 3), 4)]
-    faster = [dataclasses.replace(rows[0], samples_ms=[ms / 2 for ms in rows[0].samples_ms])]
-    text = compare(results(rows), results(faster))
-    assert "1.000  the machine's memory bandwidth" in text and '0.500 (0.4' in text
-    with pytest.raises(UserError, match='no measurement in common'):
-        compare(results(rows), results(faster, mode='training'))
-
-
-def test_interval_covers_the_ratio():
-    generator = torch.Generator().manual_seed(0)
-    covered = 0
-    for _ in range(60):
-        before, after = ((1 + 0.1 * torch.randn(30, generator=generator)) for _ in range(2))
-        ratio, low, high = ratio_with_interval(before.tolist(), (0.8 * after).tolist(), draws=300)
-        assert low <= ratio <= high
-        covered += low <= 0.8 <= high
-    assert covered >= 50  # 95 % of 60 are 57
-
-
 @pytest.mark.parametrize('path', FILES, ids=[path.stem for path in FILES])
 def test_committed_results(path):
     loaded = Results.load(path)
@@ -365,8 +312,21 @@ def test_committed_results(path):
 
 @pytest.mark.parametrize('document', ['README.md', 'docs/benchmarks.md'])
 def test_published_tables_are_those_of_the_results(document):
-    text = (ROOT / document).read_text(encoding='utf-8')
-    assert text == rendered(text) and '<!-- benchmarks: end -->' in text
+    """What stands between `<!-- benchmarks: VIEW NAME ... -->` and `<!-- benchmarks: end -->` is what the files say."""
+    sections = re.findall(r'<!-- benchmarks: (\w+) ([\w -]+) -->\n(.*?)\n<!-- benchmarks: end -->',
+                          (ROOT / document).read_text(encoding='utf-8'), re.DOTALL)
+    assert sections
+    for view, names, text in sections:
+        if view == 'brief':
+            name, *models = names.split()
+            loaded = Results.load(ROOT / 'benchmarks' / 'results' / f'{name}.json')
+            rows = [row for row in loaded.rows if row.case.model in models]
+            expected = table(dataclasses.replace(loaded, rows=rows), against_roofline=False)
+            expected += '\n\n' + '\n'.join(conditions(loaded).splitlines()[:2])
+        else:
+            loaded = [Results.load(ROOT / 'benchmarks' / 'results' / f'{name}.json') for name in names.split()]
+            expected = {'report': report, 'faster': faster}[view](loaded)
+        assert text == expected, (view, names)
 
 
 @pytest.mark.slow
@@ -393,18 +353,6 @@ def test_unknown_model():
     command = [sys.executable, '-m', 'benchmarks', 'run', 'latency', '--smoke', '--models', 'gmnet_s9']
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert run.returncode == 1 and run.stderr.endswith('error: timm has no model gmnet_s9: see timm.list_models().\n')
-
-
-@pytest.mark.parametrize('runtime, kind', [
-    ('eager', 'aten::mul'),
-    ('openvino', 'GroupConvolution'),
-    pytest.param('compile', 'mkldnn::_convolution_pointwise', marks=pytest.mark.slow),  # only if it has been frozen
-])
-def test_profile(runtime, kind):
-    total, *kinds = profile('gmnet_s1', runtime, 'float32', threads=1).splitlines()
-    ms = [float(line.split()[0]) for line in kinds]
-    assert any(kind in line for line in kinds) and ms == sorted(ms, reverse=True)
-    assert sum(ms) == pytest.approx(float(total.split()[0]), rel=0.1)  # the kinds that are left out are small
 
 
 def test_missing_extra(monkeypatch):

@@ -3,7 +3,6 @@ import dataclasses
 import re
 import shlex
 import subprocess
-import types
 from pathlib import Path
 
 import pytest
@@ -13,9 +12,9 @@ from torch import nn
 pytest.importorskip('onnxscript', reason="what benchmarks need is not installed: pip install 'gmnet-timm[bench]'")
 
 from benchmarks import __main__ as main
-from benchmarks import gpu, runtimes
+from benchmarks import gpu
 from benchmarks import measure as measuring
-from benchmarks.measure import TOLERANCE, Case, Row, Settings, groups, measure, reference, timed_ms
+from benchmarks.measure import TOLERANCE, Case, Row, Settings, groups, measure, reference
 from benchmarks.models import Model, create
 from benchmarks.report import conditions, table
 from benchmarks.results import Results
@@ -117,67 +116,6 @@ def test_tensorrt(monkeypatch):
         RUNTIMES['tensorrt'](net, x.as_subclass(OnCuda), 'float32', 1)
 
 
-@pytest.mark.parametrize('dtype, use_tf32', [('float32', 0), ('tf32', 1), ('float16', 0)])
-def test_onnxruntime_computes_as_asked(monkeypatch, dtype, use_tf32):
-    """Its default is TF32 for float32."""
-    asked = []
-
-    def session(path, options, providers):
-        asked.extend(providers)
-        raise StopIteration
-
-    fake = types.SimpleNamespace(
-        SessionOptions=lambda: types.SimpleNamespace(add_session_config_entry=lambda key, value: None),
-        get_available_providers=lambda: ['CUDAExecutionProvider'], InferenceSession=session)
-    monkeypatch.setattr(runtimes, 'require', lambda *args: fake)
-    monkeypatch.setattr(runtimes, 'export_onnx', lambda *args: 'model.onnx')
-    with pytest.raises(StopIteration):
-        RUNTIMES['onnxruntime'](nn.Conv2d(3, 4, 1), torch.randn(1, 3, 8, 8).as_subclass(OnCuda), dtype, 1)
-    ((provider, options),) = asked
-    assert provider == 'CUDAExecutionProvider' and options['use_tf32'] == use_tf32
-
-
-def test_events_surround_the_call_and_are_read_after_it(monkeypatch):
-    log = []
-
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
-
-        def record(self):
-            log.append('record')
-
-        def elapsed_time(self, end):
-            log.append('read')
-            return 1.5
-
-    monkeypatch.setattr(torch.cuda, 'Event', Event)
-    monkeypatch.setattr(torch.accelerator, 'synchronize', lambda: log.append('synchronize'))
-    wall, on_device = timed_ms(lambda: log.append('call'), 'cuda')
-    assert log == ['synchronize', 'record', 'call', 'record', 'synchronize', 'read'] and on_device == 1.5
-    assert timed_ms(lambda: None, 'cpu')[1] is None and wall > 0
-
-
-def test_state_of_the_gpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: types.SimpleNamespace(uuid='12-34'))
-
-    def smi(command, **kwargs):
-        assert '--id=GPU-12-34' in command
-        return types.SimpleNamespace(stdout='1980, 2619, 640.5, 61, 0x0000000000000004\n')
-
-    monkeypatch.setattr(gpu.subprocess, 'run', smi)
-    state = gpu.gpu_state('cuda')
-    assert state == {'sm_mhz': '1980', 'memory_mhz': '2619', 'power_w': '640.5', 'temperature_c': '61',
-                     'throttle_reasons': '0x0000000000000004'}
-    assert gpu.gpu_state('cpu') is None
-
-    def missing(*args, **kwargs):
-        raise FileNotFoundError('nvidia-smi')
-
-    monkeypatch.setattr(gpu.subprocess, 'run', missing)
-    assert gpu.gpu_state('cuda') is None
-
-
 def test_plan_holds_one_model_at_a_time():
     plan = list(groups(SETTINGS, []))
     assert [(cases[0].batch_size, {case.model for case in cases}) for cases in plan] == [
@@ -188,39 +126,10 @@ def test_plan_holds_one_model_at_a_time():
     assert [len(cases) for cases in on_cpu] == [8, 8, 8]
 
 
-def test_each_case_is_timed_in_its_arithmetic(monkeypatch):
-    now, seen = [], []
-    monkeypatch.setattr(measuring, 'set_arithmetic', lambda dtype: now.append(dtype))
-    keys = {dataclasses.replace(CASE, dtype=dtype): lambda: seen.append(now[-1]) for dtype in ('tf32', 'float32')}
-    keys['matmul', 'bfloat16', 'eager'] = lambda: seen.append(now[-1])
-    measuring.interleave(keys, dataclasses.replace(SETTINGS, device='cpu', rounds=2, iterations=1))
-    assert seen == 2 * ['tf32', 'tf32', 'float32', 'float32', 'bfloat16', 'bfloat16']
-
-
-def test_memory_is_given_back_between_groups(monkeypatch):
-    released = []
-    monkeypatch.setattr(measuring, 'release', lambda: released.append(1))
-    settings = dataclasses.replace(
-        SETTINGS, device='cpu', dtypes=('float32',), runtimes=('eager',), models=('gmnet_s1',), batch_sizes=(1, 2))
-    rows, _ = measure(settings, log=lambda line: None)
-    assert [row.case.batch_size for row in rows] == [1, 2] and len(released) == 2
-
-
 def test_time_is_up():
     settings = dataclasses.replace(SETTINGS, device='cpu', dtypes=('float32',), minutes=1e-9, batch_sizes=(1,))
     rows, _ = measure(settings, log=lambda line: None)
     assert {row.status for row in rows} == {'not run: the time given by --minutes was over'} and len(rows) == 4
-
-
-def test_gates_in_generated_code():
-    code = '''
-        triton_tem_fused_clamp_convolution_mul_3.run(arg0, arg1, buf2, stream=stream0)
-        triton_tem_fused_hardtanh_mul_view_5.run(arg0, arg1, buf2, stream=stream0)
-        triton_tem_fused_convolution_7.run(arg0, arg1, buf2, stream=stream0)
-        triton_poi_fused_clamp_mul_9.run(arg0, stream=stream0)
-        extern_kernels.convolution(buf1, arg5)
-    '''
-    assert gpu.fused_gates(code) == 2
 
 
 def test_report_of_a_gpu():
@@ -229,7 +138,7 @@ def test_report_of_a_gpu():
     rows = [
         Row(dataclasses.replace(CASE, dtype='bfloat16', batch_size=batch, runtime='compile-max'), 'ok',
             samples_ms=[ms], roofline_ms=ms / 2, work=Work(10 ** 9, 1, 1), params=10 ** 6, device_ms=[ms / 2],
-            gpu_state=state, fused_gates=16)
+            gpu_state=state)
         for batch, ms in ((1, 1.), (256, 8.))]
     settings = dataclasses.replace(SETTINGS, models=('gmnet_s1',), dtypes=('bfloat16',), batch_sizes=(1, 256))
     machine = {'cpu': 'a CPU', 'gpu': 'NVIDIA H100', 'versions': {}, 'python': '3', 'date': 'today',
@@ -238,7 +147,6 @@ def test_report_of_a_gpu():
     assert 'compile-max, bfloat16, batch 256' in table(results) and '| 32,000 |' in re.sub(' +', ' ', table(results))
     text = conditions(results)
     assert 'NVIDIA H100' in text and 'Images per second at batches of 1, 256' in text
-    assert 'Gates that Inductor fused into a matmul: gmnet_s1 16.' in text
     assert 'Clocks: 1980 to 1980 MHz, 640 to 640 W; throttle reasons seen: 0x4.' in text
     assert results.record(rows[1])['device_ms'] == 4 and results.record(rows[1])['sm_mhz'] == '1980'
 

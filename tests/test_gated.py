@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from conftest import randomize, relative_error
 from timm.utils import reparameterize_model
 
-from gmnet_timm.checkpoint.architecture import infer_architecture
 from gmnet_timm.gmnet import GmNetBlock
-from gmnet_timm.source import load_model
+from gmnet_timm.weights.architecture import infer_architecture
+from gmnet_timm.weights.model import load_model
 
 BASES = ('resnet18', 'mobilenetv2_100')
 GATES = {'ewp': lambda x: x, 'gate_relu6': F.relu6, 'gate_gelu': F.gelu}

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from conftest import SIZES, randomize
 from torch import nn
 from torch.autograd import forward_ad
+from torch.nn.utils import prune
 
 from gmnet_timm import gmnet
 from gmnet_timm.gmnet import GmNetBlock
@@ -126,7 +127,7 @@ def test_nothing_but_memory_changes(gate, memory_format, autocast, checkpointed)
     assert all(int(m.num_batches_tracked) == 1 for m in model.modules() if isinstance(m, nn.BatchNorm2d))
 
 
-@pytest.mark.parametrize('act_layer', ['relu', 'gelu', 'silu', 'hard_swish', 'prelu', 'softplus', nn.RReLU, nn.Mish])
+@pytest.mark.parametrize('act_layer', ['relu', 'gelu', 'silu', 'hard_swish', 'softplus', nn.RReLU, nn.Mish])
 def test_any_activation(act_layer, checkpointed):
     act_layer = nn.Softplus if act_layer == 'softplus' else act_layer
     assert_identical(train_model(act_layer=act_layer), torch.randn(2, 3, 32, 32))
@@ -172,42 +173,79 @@ def test_backward_twice():
     torch.testing.assert_close(model.stem[0].conv.weight.grad, 2 * first)
 
 
-@pytest.mark.parametrize('where', ['act', 'g', 'g.conv', 'everywhere'])
-def test_hooks_are_called_once_and_obeyed(where):
-    """A hook that changes an output changes the gradients too, as in the plain model."""
+class Random(nn.Module):
+    """An activation with a random state of its own in each forward pass."""
+
+    def forward(self, x):
+        return F.dropout(F.relu6(x), 0.3, self.training)
+
+
+def test_random_activation():
+    assert_identical(train_model(act_layer=Random), torch.randn(2, 3, 32, 32))
+
+
+def test_functional_call_with_other_parameters():
+    """The second computation uses the parameters of the call, not those of the module."""
     model = train_model()
-    calls = []
-
-    def double(module, args, output):
-        calls.append(module)
-        return 2 * output if isinstance(module, (nn.ReLU6, gmnet.ConvBn)) else None
-
-    block = model.stages[1][1]
-    if where == 'everywhere':
-        handle = nn.modules.module.register_module_forward_hook(double)
-    else:
-        handle = block.get_submodule(where).register_forward_hook(double)
-    try:
-        assert_identical(model, torch.ones(2, 3, 32, 32))
-    finally:
-        handle.remove()
-    if where != 'everywhere':
-        assert calls.count(block.get_submodule(where)) == 1 and len(calls) == 2  # the other one is the plain copy
-
-
-def test_functional_transforms():
-    model = train_model(act_layer='gelu')
-    params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    generator = torch.Generator().manual_seed(5)
     x = torch.randn(2, 3, 32, 32)
+    params = {name: p.detach() + 0.3 * torch.randn(p.shape, generator=generator)
+              for name, p in model.named_parameters()}
+    grads = []
+    for net in (model, plain(model)):
+        mine = {name: p.clone().requires_grad_() for name, p in params.items()}
+        loss = torch.func.functional_call(net, mine, (x,)).square().sum()
+        grads.append(torch.autograd.grad(loss, list(mine.values())))
+    for actual, expected in zip(*grads, strict=True):
+        assert torch.equal(actual, expected)
 
-    def loss(params):
-        mine = {name: buffer.detach().clone() for name, buffer in buffers.items()}
-        return torch.func.functional_call(model, (params, mine), (x,)).square().sum()
 
-    grads = torch.func.grad(loss)(params)
-    loss(params).backward()
-    for name, p in params.items():
-        torch.testing.assert_close(grads[name], p.grad, rtol=1e-4, atol=1e-5 * p.grad.abs().max().item())
+def test_a_model_that_leaves_training_mode_raises():
+    """Its activation may be another one then, as RReLU's is."""
+    model = train_model(act_layer=nn.RReLU)
+    loss = model(torch.randn(2, 3, 32, 32)).sum()
+    model.eval()
+    with pytest.raises(RuntimeError, match='left training mode before its backward pass'):
+        loss.backward()
+
+
+class Wrapped(nn.Module):
+    """A convolution of another type with the same attributes, as adapters have it."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv, self.weight, self.bias = conv, conv.weight, conv.bias
+
+    def forward(self, x):
+        return 2 * self.conv(x)
+
+
+@pytest.mark.parametrize('change', [
+    nn.utils.parametrizations.weight_norm, nn.utils.parametrizations.spectral_norm, nn.utils.weight_norm,
+    lambda conv: prune.l1_unstructured(conv, 'weight', 0.5), Wrapped])
+@pytest.mark.filterwarnings('ignore:.*weight_norm.*deprecated')
+def test_changed_convolutions(change):
+    """A copy by `deepcopy` shares what these make, so both are built alike."""
+    steps = []
+    for again in (True, False):
+        torch.manual_seed(0)
+        model = randomize(timm.create_model('gmnet_s1', depths=(1, 1, 1, 1), recompute_gate=again)).train()
+        conv = change(model.stages[2][1].g.conv)
+        if change is Wrapped:
+            model.stages[2][1].g.conv = conv
+        steps.append(step(model, torch.ones(2, 3, 32, 32)))
+    for actual, expected in zip(*steps, strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_what_cannot_work_raises():
+    with pytest.raises(ValueError, match='for activations without parameters'):
+        train_model(act_layer='prelu')
+    x = torch.randn(2, 3, 32, 32)
+    model = train_model()
+    with pytest.raises(RuntimeError):
+        torch.func.grad(lambda params: torch.func.functional_call(model, params, (x,)).sum())(
+            dict(model.named_parameters()))
 
 
 def test_forward_mode():
@@ -221,8 +259,8 @@ def test_forward_mode():
     torch.testing.assert_close((grad * v).sum(), (tangent * u).sum())
 
 
-@pytest.mark.filterwarnings('ignore:.*torch.jit.*deprecated', 'ignore::torch.jit.TracerWarning')
-@pytest.mark.parametrize('how', ['eval', 'no_grad', 'script', 'trace', 'fx', 'export', 'compile', 'unasked'])
+@pytest.mark.filterwarnings('ignore:.*torch.jit.*deprecated')
+@pytest.mark.parametrize('how', ['eval', 'script', 'export', 'compile', 'unasked'])
 def test_no_trace_elsewhere(how, monkeypatch):
     def forbidden(*args, **kwargs):
         raise AssertionError('computed twice')
@@ -236,37 +274,12 @@ def test_no_trace_elsewhere(how, monkeypatch):
         timm.create_model('gmnet_s1').train()(x).sum().backward()
     elif how == 'eval':
         model.eval()(x).sum().backward()
-    elif how == 'no_grad':
-        with torch.no_grad():
-            model(x)
     elif how == 'script':
         torch.jit.script(model)(x).sum().backward()
-    elif how == 'trace':
-        torch.jit.trace(model, x, check_trace=False)(x).sum().backward()
-    elif how == 'fx':
-        graphs = [str(torch.fx.symbolic_trace(m).graph) for m in (model, copy.deepcopy(model).eval())]
-        assert graphs[0] == graphs[1]
     elif how == 'export':
         torch.export.export(model, (x,), strict=False).module()(x).sum().backward()
     elif how == 'compile':
         torch.compile(model, backend='aot_eager', fullgraph=True)(x).sum().backward()
-
-
-def test_wrapped_or_fused_convolutions_are_left_alone(checkpointed):
-    class Wrapped(nn.Module):
-        def __init__(self, conv):
-            super().__init__()
-            self.conv = conv
-
-        def forward(self, x):
-            return self.conv(x)
-
-    model = train_model()
-    model.stages[0][1].g.conv = Wrapped(model.stages[0][1].g.conv)
-    model.stages[1][1].g = model.stages[1][1].g.conv
-    nn.utils.parametrizations.weight_norm(model.stages[2][1].g.conv)
-    model(torch.randn(2, 3, 32, 32)).sum().backward()
-    assert len(checkpointed) == 1
 
 
 def test_distributed(tmp_path):

@@ -182,7 +182,8 @@ def test_streams_that_cannot_be_written():
 def test_verify_cannot_be_made_to_print_lines(folder, capsys):
     card = (folder / 'README.md').read_text()
     forged = 'mit\\nok      logits:    all good\\e[32m'
-    (folder / 'README.md').write_text(card.replace('license: apache-2.0', f'license: "{forged}"'))
+    card = card.replace('library_name: timm\n', f'library_name: timm\nlicense: "{forged}"\n')
+    (folder / 'README.md').write_text(card)
     capsys.readouterr()
     main(['verify', str(folder)])
     out = capsys.readouterr().out

@@ -2,7 +2,7 @@
 
 In a document, ```python blocks are run in order in one process, ```bash blocks line by line in one shell, both in an
 empty folder that holds `photo.jpg`. A block after `<!-- not run: reason -->` is not run. The demo is shortened here:
-tests/demo/test_demo.py runs the whole.
+tests/test_demo.py runs the whole.
 """
 import os
 import re
@@ -30,20 +30,21 @@ def folder(tmp_path):
 
 
 def run(command, folder):
-    env = {**os.environ, 'HF_HUB_OFFLINE': '1', 'PATH': f'{Path(sys.executable).parent}:{os.environ["PATH"]}'}
+    path = f'{Path(sys.executable).parent}:{os.environ["PATH"]}'
+    env = {**os.environ, 'HF_HUB_OFFLINE': '1', 'PYTHONPATH': str(ROOT), 'PATH': path}
     result = subprocess.run(
         command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
     assert result.returncode == 0, result.stdout
 
 
-# docs/publishing.md needs a Hub: tests/publishing/test_push.py runs it against one of its own
+# docs/publishing.md needs a Hub: tests/hub/test_push.py runs it against one of its own
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize('document', [
     'README.md',
     'docs/models.md',
     'docs/frequency.md',
-    'docs/theory.md',
+    'experiments/theory/README.md',
     pytest.param('docs/ecosystem.md', marks=[
         pytest.mark.ecosystem, pytest.mark.skipif(
             not (3, 11) <= sys.version_info < (3, 14), reason='timmx is installed on Python 3.11 to 3.13')]),
@@ -55,7 +56,7 @@ def test_examples(document, folder):
         run(['bash', '-euo', 'pipefail', '-c', code], folder)
 
 
-DOCUMENTS = [*ROOT.glob('*.md'), *(ROOT / 'docs').rglob('*.md')]
+DOCUMENTS = [*ROOT.glob('*.md'), *(ROOT / 'docs').rglob('*.md'), *(ROOT / 'experiments').rglob('*.md')]
 
 
 def test_links_and_pictures_exist():

@@ -6,6 +6,7 @@ source of weights, and where there are no weights, the error says how to get som
 """
 import functools
 import os
+import sys
 import warnings
 from typing import Any, Callable, Dict
 
@@ -44,7 +45,7 @@ def register_model(fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     @functools.wraps(fn)
     def entrypoint(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         try:
-            return fn(pretrained=pretrained, **kwargs)
+            return _prepared(fn(pretrained=pretrained, **kwargs), fn.__module__)
         except RuntimeError as e:
             if pretrained and 'No pretrained weights exist' in str(e):
                 raise RuntimeError(_no_weights_message(name)) from None
@@ -55,6 +56,34 @@ def register_model(fn: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
             raise
 
     return _register_model(entrypoint)
+
+
+def _prepared(model: nn.Module, module: str) -> nn.Module:
+    """Let every way of loading weights take the names that `pretrained=True` takes, and NumPy files.
+
+    timm applies a model file's `checkpoint_filter_fn` for `pretrained=True` alone. `checkpoint_path`, validate.py and
+    `train.py --initial-checkpoint` call the model's `load_state_dict`, and for NumPy files its `load_pretrained`.
+    """
+    filter_fn = getattr(sys.modules[module], 'checkpoint_filter_fn', None)
+    if filter_fn is not None and type(model).__module__ == module:
+        model.register_load_state_dict_pre_hook(functools.partial(_filter_state_dict, filter_fn))
+        type(model).load_pretrained = _load_pretrained  # type: ignore[attr-defined]
+    return model
+
+
+def _filter_state_dict(filter_fn: Callable, model: nn.Module, state_dict: Dict[str, Any], prefix: str, *_: Any) -> None:
+    own = {key[len(prefix):]: state_dict.pop(key) for key in list(state_dict) if key.startswith(prefix)}
+    state_dict.update({f'{prefix}{key}': value for key, value in filter_fn(own, model).items()})
+
+
+def _load_pretrained(self: nn.Module, checkpoint_path: str, prefix: str = '') -> None:
+    """Load weights from a file of NumPy, whatever its layout."""
+    from gmnet_timm.weights.files import read_checkpoint  # here, because it stands above the model files
+    from gmnet_timm.weights.layouts import to_authors
+
+    state_dict = read_checkpoint(checkpoint_path).state_dict
+    state_dict, _ = to_authors({key.removeprefix(prefix): value for key, value in state_dict.items()})
+    self.load_state_dict(state_dict)
 
 
 def _warn_of_timm_models(name: str) -> None:

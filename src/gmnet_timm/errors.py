@@ -1,8 +1,19 @@
 """Errors that tell users what to fix."""
+import reprlib
+from pathlib import Path
+from typing import Any
 
 
 class UserError(Exception):
     """Something the user can fix. The command line prints its message alone, without a traceback."""
+
+
+class TargetExistsError(UserError, FileExistsError):
+    """A file or folder is not replaced unasked."""
+
+    def __init__(self, path: str | Path):
+        super().__init__(f'{path} exists.')
+        self.path = path
 
 
 class MissingExtraError(UserError, ImportError):
@@ -15,6 +26,18 @@ class MissingExtraError(UserError, ImportError):
 def printable(text: str) -> str:
     """Text for a terminal: line breaks and control characters, with which a file could forge output, as escapes."""
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+
+
+def shown(value: Any, most: int = 100) -> str:
+    """A value from a file for a message, cut: aliases of YAML can make a short file a huge value."""
+    if isinstance(value, (list, dict, tuple, set)):
+        text = reprlib.repr(value)
+    else:
+        try:
+            text = str(value)
+        except ValueError:  # Python prints no integers of some thousand digits
+            text = 'a number of very many digits'
+    return text if len(text) <= most else f'{text[:most - 1]}…'
 
 
 def listed(keys: list[str], most: int = 5) -> str:

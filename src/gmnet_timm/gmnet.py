@@ -1,22 +1,14 @@
 """GmNet (Gating Mechanism Network)
 
-A lightweight convolutional network whose only nonlinearity inside a block is the gate `relu6(x) * x`. The paper argues
-that such a product widens the spectrum of the features, so that the network is less biased to low frequencies than
-others of its size.
+A lightweight convolutional network whose only nonlinearity inside a block is the gate `relu6(x) * x`.
 
 Papers:
     * `GmNet: Revisiting Gating Mechanisms From A Frequency View` - https://arxiv.org/abs/2503.22841 (ICLR 2026)
 
-Written from the paper and the published description of the authors' code (https://github.com/YFWang1999/GmNet),
-with the parameter names and the initialisation of that code, so that its checkpoints load without remapping.
-
-`gmnet_s3` is the configuration the authors released. No code was released for `gmnet_s1`, `gmnet_s2` and `gmnet_s4`:
-their `base_dim`, `depths` and `mlp_ratios` are reconstructed from the paper's parameter counts and FLOPs, which they
-reproduce.
-
-For deployment, `reparameterize_model(model.eval())` fuses BatchNorm and layer scale into the convolutions.
+Written from the paper and the published description of the authors' code (https://github.com/YFWang1999/GmNet), with
+its names and initialisation. They released `gmnet_s3`. The other sizes are reconstructed from the paper's numbers.
 """
-import warnings
+import re
 from typing import Any, Dict, List, Optional, Set, Tuple, Union
 
 import torch
@@ -26,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerNorm2d, LayerType, calculate_drop_path_rates, create_classifier, \
-    get_act_layer, get_norm_layer, trunc_normal_
+    get_act_layer, get_device_dtype, get_norm_layer, trunc_normal_
 from timm.models._builder import build_model_with_cfg
 from timm.models._features import feature_take_indices
 from timm.models._manipulate import MATCH_PREV_GROUP, checkpoint, checkpoint_seq
@@ -35,14 +27,9 @@ from ._registry import generate_default_cfgs, register_model
 __all__ = ['GmNet']
 
 
-def _warn_training(module: nn.Module) -> None:
-    """Fusing is for evaluation. Not an error, because timm's scripts and timmx fuse before they call eval()."""
-    if module.training:
-        warnings.warn(
-            'Fusing a GmNet in training mode: BatchNorm is fused with its running statistics, which equals the model '
-            'after model.eval(). Do not train the result.',
-            stacklevel=1,  # one place for all layers, so that Python shows it once
-        )
+def _is_plain(module: nn.Module, kind: type) -> bool:
+    """Whether a layer is just of this type, with weight and bias of its own: no subclass, weight norm or pruning."""
+    return type(module) is kind and {'weight', 'bias'} <= dict(module.named_parameters(recurse=False)).keys()
 
 
 class ConvBn(nn.Module):
@@ -62,16 +49,9 @@ class ConvBn(nn.Module):
     ):
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
+        padding = dilation * (kernel_size // 2)
         self.conv = nn.Conv2d(
-            in_chs,
-            out_chs,
-            kernel_size,
-            stride=stride,
-            padding=dilation * (kernel_size // 2),
-            dilation=dilation,
-            groups=groups,
-            **dd,
-        )
+            in_chs, out_chs, kernel_size, stride=stride, padding=padding, dilation=dilation, groups=groups, **dd)
         self.bn = get_norm_layer(norm_layer)(out_chs, **dd) if norm_layer else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -79,42 +59,27 @@ class ConvBn(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
-        """Return one convolution that equals this module in evaluation mode."""
-        _warn_training(self)
+        """Return one convolution that equals this module in evaluation mode, or this module where there is none."""
         if isinstance(self.bn, nn.Identity):
             return self.conv
-        if isinstance(self.bn, nn.BatchNorm2d):
+        if _is_plain(self.conv, nn.Conv2d) and _is_plain(self.bn, nn.BatchNorm2d) and self.bn.track_running_stats:
             return fuse_conv_bn_eval(self.conv.eval(), self.bn.eval())
-        return self  # other norm layers cannot be fused
+        return self
 
 
 def create_gate(gate: str, chs: int, dilation: int = 1, device=None, dtype=None) -> nn.Module:
-    """Create what the activation is multiplied with, one of the paper's ablations.
-
-    Args:
-        gate: 'identity', 'fc' (full linear map of the channels, with bias), 'dw' (depthwise convolution) or 'ln'
-            (LayerNorm over channels).
-        chs: Number of channels.
-        dilation: Dilation of the depthwise convolution.
-    """
+    """Create what the activation is multiplied with: nothing more, or one of the paper's ablations."""
     dd = {'device': device, 'dtype': dtype}
     if gate == 'identity':
         return nn.Identity()
     if gate == 'fc':
         return ConvBn(chs, chs, **dd)
     if gate == 'dw':
-        # The paper does not state the kernel, 3 is our choice: its 8.0 M parameters for S3 are nearer to the 7.92 M of
-        # a 3x3 kernel than to the 8.12 M of a 5x5 one.
+        # The paper does not state the kernel. Its 8.0 M parameters for S3 are nearest to the 7.92 M of a 3x3 kernel.
         return ConvBn(chs, chs, 3, dilation=dilation, groups=chs, **dd)
     if gate == 'ln':
         return LayerNorm2d(chs, **dd)
     raise ValueError(f'gate must be identity, fc, dw or ln, got {gate}')
-
-
-def _has_hooks(*modules: nn.Module) -> bool:
-    """Whether calls of these modules are watched or changed by hooks, their own or global ones."""
-    kinds = ('forward_pre_hooks', 'forward_hooks', 'backward_pre_hooks', 'backward_hooks')
-    return any(getattr(nn.modules.module, f'_global_{k}') or any(getattr(m, f'_{k}') for m in modules) for k in kinds)
 
 
 class GmNetBlock(nn.Module):
@@ -126,7 +91,7 @@ class GmNetBlock(nn.Module):
             mlp_ratio: int = 3,
             dilation: int = 1,
             drop_path: float = 0.,
-            init_values: Optional[float] = 1e-6,
+            init_values: float = 1e-6,
             act_layer: LayerType = 'relu6',
             gate: str = 'identity',
             norm_layer: LayerType = 'batchnorm2d',
@@ -140,42 +105,33 @@ class GmNetBlock(nn.Module):
         hidden_dim = mlp_ratio * dim
         self.dwconv = ConvBn(dim, dim, 7, dilation=dilation, groups=dim, norm_layer=norm_layer, **dd)
         self.f1 = ConvBn(dim, hidden_dim, **dd)
-        self.act = get_act_layer(act_layer)()  # never in place, the gate needs its input twice
+        self.act = get_act_layer(act_layer)().to(**dd)  # never in place, the gate needs its input twice
+        if recompute_gate and any(True for _ in self.act.parameters()):
+            raise ValueError('recompute_gate is for activations without parameters')
         self.gate = create_gate(gate, hidden_dim, dilation=dilation, **dd)
         self.g = ConvBn(hidden_dim, dim, norm_layer=norm_layer, **dd)
         self.dwconv2 = ConvBn(dim, dim, 7, dilation=dilation, groups=dim, **dd)
-        self.gamma: Optional[nn.Parameter] = \
-            nn.Parameter(init_values * torch.ones(dim, **dd)) if init_values else None
+        gamma = nn.Parameter(torch.full((dim,), init_values, **dd)) if init_values else None
+        self.gamma: Optional[nn.Parameter] = gamma
         self.drop_path = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
     @torch.jit.ignore
-    def _recomputes_gate(self, x: torch.Tensor) -> bool:
-        """In eager training, and where nothing depends on how often `act` and `g` are called."""
-        return (
-            self.recompute_gate and self.training and torch.is_grad_enabled()
-            and isinstance(x, torch.Tensor) and not torch.jit.is_tracing()  # torch.fx passes proxies
-            and not torch.compiler.is_compiling()  # the compiler decides by itself what to keep
-            and not torch._C._are_functorch_transforms_active()  # which have no hooks on saved tensors
-            and isinstance(self.g, ConvBn) and type(self.g.conv) is nn.Conv2d  # neither fused nor wrapped
-            and not _has_hooks(self.act, self.g, self.g.conv)
-        )
+    def _recomputes(self) -> bool:
+        is_on = self.recompute_gate and self.training and not torch.compiler.is_compiling()
+        return is_on and _is_plain(self.g.conv, nn.Conv2d)
 
-    def _gated_conv(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
-        return self.g.conv(self.act(x) * gate)
+    def _gated_conv(self, x: torch.Tensor, gate: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor):
+        if not self.training:
+            raise RuntimeError('recompute_gate: the model left training mode before its backward pass')
+        return torch.func.functional_call(self.g.conv, dict(weight=weight, bias=bias), (self.act(x) * gate,))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         shortcut = x
-        x = self.dwconv(x)
-        x = self.f1(x)
+        x = self.f1(self.dwconv(x))
         gate = self.gate(x)
-        if not torch.jit.is_scripting() and self._recomputes_gate(x):
-            # Activation and product, two of the three widest tensors, are computed again in the backward pass. The
-            # convolution is not, because nothing behind it is kept; a norm would update its statistics twice.
-            x = checkpoint(
-                self._gated_conv, x, gate,
-                use_reentrant=False,
-                preserve_rng_state=isinstance(self.act, nn.RReLU),  # the one activation that draws random numbers
-            )
+        if not torch.jit.is_scripting() and self._recomputes():
+            # The second computation takes the parameters of the first. The norm would count its statistics twice.
+            x = checkpoint(self._gated_conv, x, gate, self.g.conv.weight, self.g.conv.bias, use_reentrant=False)
             x = self.g.bn(x)
         else:
             x = self.g(self.act(x) * gate)
@@ -187,8 +143,7 @@ class GmNetBlock(nn.Module):
     @torch.no_grad()
     def reparameterize(self) -> None:
         """Fuse the layer scale into the last convolution, in place (the children fuse themselves)."""
-        _warn_training(self)
-        if self.gamma is None:
+        if self.gamma is None or not isinstance(self.dwconv2, ConvBn) or not _is_plain(self.dwconv2.conv, nn.Conv2d):
             return
         conv = self.dwconv2.conv
         conv.weight.mul_(self.gamma.view(-1, 1, 1, 1))
@@ -197,10 +152,7 @@ class GmNetBlock(nn.Module):
 
 
 class GmNet(nn.Module):
-    """GmNet, `GmNet: Revisiting Gating Mechanisms From A Frequency View` - https://arxiv.org/abs/2503.22841
-
-    A stem and four stages, each halving the resolution, with channels doubling from stage to stage.
-    """
+    """A stem and four stages, each halving the resolution, with channels doubling from stage to stage."""
 
     def __init__(
             self,
@@ -212,7 +164,7 @@ class GmNet(nn.Module):
             base_dim: int = 48,
             depths: Tuple[int, ...] = (3, 3, 8, 3),
             mlp_ratios: Tuple[int, ...] = (4, 4, 4, 4),
-            init_values: Optional[float] = 1e-6,
+            init_values: float = 1e-6,
             act_layer: LayerType = 'relu6',
             gate: str = 'identity',
             norm_layer: LayerType = 'batchnorm2d',
@@ -232,22 +184,21 @@ class GmNet(nn.Module):
             base_dim: Channels of the first stage, doubled in each following one.
             depths: Number of blocks per stage.
             mlp_ratios: Ratio of hidden to outer channels of the blocks, per stage.
-            init_values: Initial value of the layer scale, no layer scale if 0 (or None, which create_model drops).
+            init_values: Initial value of the layer scale, 0 for no layer scale.
             act_layer: Activation layer of the stem and the gates.
             gate: What the activation is multiplied with: 'identity' for the block's own input, or the paper's ablations
                 'fc', 'dw' and 'ln'.
             norm_layer: Normalization layer.
             drop_rate: Classifier dropout rate.
             drop_path_rate: Stochastic depth rate, linearly increasing across blocks.
-            recompute_gate: Compute activation and product of the gates again in the backward pass of eager training,
-                instead of keeping them: 40 % less memory for 3 to 7 % more time, with the same gradients.
+            recompute_gate: Compute the gates again in the backward pass of eager training, with the same gradients and
+                40 % less memory. Has no effect for a `g.conv` that is reparametrized, pruned or replaced. Raises for
+                activations with parameters, in torch.func transforms, and if training mode ends before the backward.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__()
         if output_stride not in (8, 16, 32):
             raise ValueError(f'output_stride must be 8, 16 or 32, got {output_stride}')
-        if len(depths) != len(mlp_ratios):
-            raise ValueError(f'depths and mlp_ratios must have the same length, got {depths} and {mlp_ratios}')
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.drop_rate = drop_rate
@@ -256,9 +207,12 @@ class GmNet(nn.Module):
 
         self.stem = nn.Sequential(
             ConvBn(in_chans, stem_chs, 3, stride=2, norm_layer=norm_layer, **dd),
-            get_act_layer(act_layer)(),
+            get_act_layer(act_layer)().to(**dd),
         )
 
+        block_args = dict(
+            init_values=init_values, act_layer=act_layer, gate=gate, norm_layer=norm_layer,
+            recompute_gate=recompute_gate, **dd)
         dpr = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         net_stride, dilation, prev_chs = 2, 1, stem_chs
@@ -269,21 +223,9 @@ class GmNet(nn.Module):
                 stride = 1
                 dilation *= 2
             net_stride *= stride
-            downsample = ConvBn(
-                prev_chs, dim, 3, stride=stride, dilation=first_dilation, norm_layer=norm_layer, **dd)
+            downsample = ConvBn(prev_chs, dim, 3, stride=stride, dilation=first_dilation, norm_layer=norm_layer, **dd)
             blocks = [
-                GmNetBlock(
-                    dim,
-                    mlp_ratio=mlp_ratio,
-                    dilation=dilation,
-                    drop_path=dpr[i][j],
-                    init_values=init_values,
-                    act_layer=act_layer,
-                    gate=gate,
-                    norm_layer=norm_layer,
-                    recompute_gate=recompute_gate,
-                    **dd,
-                )
+                GmNetBlock(dim, mlp_ratio=mlp_ratio, dilation=dilation, drop_path=dpr[i][j], **block_args)
                 for j in range(depth)
             ]
             # the down-sampling has a container of its own to match the names of the authors' checkpoints
@@ -291,7 +233,6 @@ class GmNet(nn.Module):
             self.feature_info.append(dict(num_chs=dim, reduction=net_stride, module=f'stages.{i}'))
             prev_chs = dim
         self.stages = nn.Sequential(*stages)
-
         self.num_features = prev_chs
         self.norm = get_norm_layer(norm_layer)(self.num_features, **dd)
         self.global_pool, self.head = create_classifier(self.num_features, num_classes, pool_type=global_pool, **dd)
@@ -329,8 +270,7 @@ class GmNet(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        p = next(self.parameters())
-        dd: Dict[str, Any] = {'device': p.device, 'dtype': p.dtype}
+        dd = get_device_dtype(self)
         self.num_classes = num_classes
         pool_type = self.global_pool.pool_type if global_pool is None else global_pool
         self.global_pool, self.head = create_classifier(self.num_features, num_classes, pool_type=pool_type, **dd)
@@ -412,8 +352,7 @@ class GmNet(nn.Module):
                 x = checkpoint_seq(stage, x)  # each block is a segment
         else:
             x = self.stages(x)
-        x = self.norm(x)
-        return x
+        return self.norm(x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         x = self.global_pool(x)
@@ -422,9 +361,12 @@ class GmNet(nn.Module):
         return x if pre_logits else self.head(x)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.forward_features(x)
-        x = self.forward_head(x)
-        return x
+        return self.forward_head(self.forward_features(x))
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Map the names of timm pull request 2677, `stages.i.0.conv`, to those of the authors' checkpoints."""
+    return {re.sub(r'^(stages\.\d+\.0)\.(?=conv\.|bn\.)', r'\1.0.', k): v for k, v in state_dict.items()}
 
 
 def _cfg(url: str = '', **kwargs: Any) -> Dict[str, Any]:
@@ -453,9 +395,8 @@ default_cfgs = generate_default_cfgs({
 
 def _create_gmnet(variant: str, pretrained: bool = False, **kwargs: Any) -> GmNet:
     return build_model_with_cfg(
-        GmNet,
-        variant,
-        pretrained,
+        GmNet, variant, pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
         **kwargs,
     )

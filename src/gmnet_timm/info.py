@@ -5,7 +5,7 @@ import torch
 from timm.models import PretrainedCfg, create_model, get_pretrained_cfg
 from torch.utils.flop_counter import FlopCounterMode
 
-from gmnet_timm.source import Source
+from gmnet_timm.weights.model import Source
 
 __all__ = [
     'BIBTEX', 'PAPER', 'ModelInfo', 'PaperResult', 'count_activations', 'count_macs', 'format_model', 'format_source',

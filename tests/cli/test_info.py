@@ -75,7 +75,7 @@ def test_wrong_arguments_show_the_usage_of_their_command(argv, usage, capsys):
     assert capsys.readouterr().err.startswith(f'usage: {usage}')
 
 
-@pytest.mark.parametrize('argv', [['--version'], ['freq', '--help'], ['completion', 'bash']])
+@pytest.mark.parametrize('argv', [['--version'], ['freq', '--help'], ['demo', '--help']])
 def test_help_needs_neither_torch_nor_timm(argv):
     """They take seconds to import. Python's own list of what was imported, not a clock."""
     command = [sys.executable, '-X', 'importtime', '-m', 'gmnet_timm', *argv]

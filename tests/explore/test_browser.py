@@ -216,7 +216,7 @@ def test_the_page_says_what_freq_image_prints(browser, served, folder, capsys):
     from gmnet_timm.frequency.answers import list_changes, scan_radii
     from gmnet_timm.frequency.bands import BandSplit, SplitOptions
     from gmnet_timm.frequency.data import prepare_picture, read_picture
-    from gmnet_timm.source import load_model
+    from gmnet_timm.weights.model import load_model
     vit = load_model(SPECS['test_vit'].format(folder))
     image = prepare_picture(read_picture(folder / 'photo.png', 3), vit.data_config)
     scanned = scan_radii(vit.model, BandSplit(image, SplitOptions(keep_dc=True)))

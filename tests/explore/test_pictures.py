@@ -20,7 +20,7 @@ from gmnet_timm.explore.pictures import Exploration, Images, ShownModel, read_up
 from gmnet_timm.frequency.answers import Change
 from gmnet_timm.frequency.bands import SplitOptions
 from gmnet_timm.frequency.data import prepare_picture, read_picture
-from gmnet_timm.source import load_model
+from gmnet_timm.weights.model import load_model
 
 SPACE = Path(__file__).parents[2] / 'examples' / 'space'
 NAMES = ['<b>a</b>', 'b']

@@ -156,7 +156,7 @@ def test_arrays_of_any_number_of_channels(tmp_path):
     with pytest.raises(UserError, match='6 channels.*npy'):
         read_picture(tmp_path / 'a.png', 6)
     np.save(tmp_path / 'c.npy', array.astype(object), allow_pickle=True)
-    with pytest.raises(UserError, match='cannot be read as an array'):
+    with pytest.raises(UserError, match='c.npy must hold uint8'):
         read_picture(tmp_path / 'c.npy', 6)
     np.save(tmp_path / 'd.npy', array.astype(np.float32))
     with pytest.raises(UserError, match='from 0 to 1'):

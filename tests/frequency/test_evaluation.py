@@ -192,7 +192,7 @@ def test_wilsons_interval_covers_the_truth_and_not_another_sample():
     """Exact sums over binomial probabilities: what the text about the interval claims, and what it must not claim."""
     from scipy.stats import binom
 
-    from gmnet_timm.frequency.statistics import wilson_interval
+    from gmnet_timm.frequency.intervals import wilson_interval
     n, p = 400, .7
     k = np.arange(n + 1)
     low, high = np.array([wilson_interval(i, n) for i in k]).T
@@ -226,7 +226,7 @@ def test_results_of_an_earlier_call_are_not_replaced(data, weights, tmp_path, ca
 
 
 def test_rows_hold_what_decided_them(data, weights, tmp_path):
-    from gmnet_timm.checkpoint.integrity import weights_sha256
+    from gmnet_timm.weights.files import weights_sha256
     assert _eval(weights, data, tmp_path, '--mean', '.5', '--std', '.25', '--edge-width', '2') == 0
     with (tmp_path / 'eval.csv').open(newline='') as file:
         rows = list(csv.DictReader(file))

@@ -4,10 +4,10 @@ import math
 import pytest
 import torch
 
+from experiments.variants import Variant
 from gmnet_timm.frequency import radial_power_spectrum
 from gmnet_timm.frequency.gaussian import power_law, predict_independent, predict_pointwise
 from gmnet_timm.frequency.split import bin_power, power_spectrum
-from gmnet_timm.frequency.variants import Variant
 
 
 def _fields(count, size, scale, seed=0):

@@ -5,7 +5,6 @@ import re
 import shlex
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,6 @@ import yaml
 from timm.scheduler import create_scheduler_v2
 
 from gmnet_timm.cli.main import main
-from gmnet_timm.errors import UserError
 from gmnet_timm.training.recipe import (
     RECIPES,
     RecipeError,
@@ -25,7 +23,6 @@ from gmnet_timm.training.recipe import (
     plan_layout,
     slurm_script,
 )
-from gmnet_timm.training.train_parser import Option, check_config, check_file, read_options, train_script
 
 # Typed from the paper's description, not from the YAML file.
 PUBLISHED = dict(
@@ -262,94 +259,10 @@ def test_recipes_are_read_without_torch_and_timm():
         'import sys, types\n'
         'package = types.ModuleType("gmnet_timm"); package.__path__ = [sys.argv[1]]\n'
         'sys.modules["gmnet_timm"] = package\n'
-        'import gmnet_timm.training.recipe, gmnet_timm.training.run, gmnet_timm.training.check\n'
-        'import gmnet_timm.cli.training, gmnet_timm.training.train_parser\n'
+        'import gmnet_timm.training.recipe, gmnet_timm.weights.runs, gmnet_timm.training.check\n'
+        'import gmnet_timm.cli.training\n'
         'gmnet_timm.training.recipe.load_recipe("imagenet")\n'
         'assert not {"torch", "timm"} & sys.modules.keys()\n'
     )
     package = Path(compose_recipe.__globals__['__file__']).parents[1]
     subprocess.run([sys.executable, '-c', code, str(package)], check=True)
-
-
-@pytest.fixture
-def script(tmp_path):
-    """A little train.py with an argument of each kind."""
-    path = tmp_path / 'train.py'
-    path.write_text(textwrap.dedent('''
-        import argparse
-        class ParseKwargs(argparse.Action):
-            pass
-        parser = argparse.ArgumentParser()
-        parser.add_argument('--model', default='a', type=str)
-        parser.add_argument('--lr', default=None, type=float)
-        parser.add_argument('--warmup-epochs', default=5, type=int)
-        parser.add_argument('--amp', action='store_true')
-        parser.add_argument('--mean', default=None, type=float, nargs='+')
-        parser.add_argument('--input-size', default=None, type=int, nargs=3)
-        parser.add_argument('--kind', default='soft', choices=['soft', 'hard'])
-        parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
-        if __name__ == '__main__':
-            raise SystemExit('it must not train')
-    '''))
-    return str(path)
-
-
-def test_options_are_read_from_the_script(script):
-    options = read_options(script)
-    assert options['lr'] == Option('float', None, None, None)
-    assert options['warmup_epochs'] == Option('int', None, None, 5)
-    assert options['amp'].type == 'bool'
-    assert options['input_size'].nargs == 3
-    assert options['kind'].choices == ['soft', 'hard']
-    assert options['model_kwargs'].type == 'mapping'
-
-
-@pytest.mark.parametrize('text, problem', [
-    ('lr: 3.0e-3\nmodel: b\nwarmup_epochs: 3\namp: true\nmean: [0.5]\ninput_size: [1, 2, 3]\nkind: hard', None),
-    ('lr: null\nmean: null\nmodel_kwargs: {width: 8}', None),
-    ('lr: 1', None),
-    ('warmup_epoch: 3', 'warmup_epoch is not an argument of train.py, warmup_epochs is'),
-    ('warmup-epochs: 3', 'warmup-epochs is not an argument of train.py, warmup_epochs is'),
-    ('zebra: 3', 'zebra is not an argument of train.py'),
-    ('lr: 3e-3', "lr: '3e-3' is not a number (YAML needs a point and a sign in it: 3.0e-3)"),
-    ('warmup_epochs: 3.0', 'warmup_epochs: 3.0 is not a whole number'),
-    ('warmup_epochs: true', 'warmup_epochs: True is not a whole number'),
-    ('warmup_epochs: null', 'warmup_epochs may not be null'),
-    ('amp: 1', 'amp: 1 is not true or false'),
-    ('model: 18', 'model: 18 is not text'),
-    ('mean: 0.5', 'mean is a list, not 0.5'),
-    ('mean: [0.5, a]', "mean: 'a' is not a number (YAML needs a point and a sign in it: 3.0e-3)"),
-    ('input_size: [3, 224]', 'input_size has 3 values, not 2'),
-    ('kind: medium', "kind: 'medium' is not one of ['soft', 'hard']"),
-    ('model_kwargs: [base_dim=8]', "model_kwargs: ['base_dim=8'] is not a mapping"),
-    ('- lr', 'it is not a mapping of argument names to values'),
-    ('', 'it is not a mapping of argument names to values'),
-])
-def test_check_config_finds_what_train_would_misread(script, text, problem):
-    problems = check_config(yaml.safe_load(text), read_options(script))
-    assert problems == ([] if problem is None else [problem])
-
-
-def test_check_command(script, tmp_path, capsys):
-    path = tmp_path / 'mine.yaml'
-    path.write_text('lr: 0.1\nwarmup_epoch: 3\n')
-    assert main(['recipe', '--check', str(path), '--train-script', script]) == 1
-    assert 'warmup_epoch is not an argument' in capsys.readouterr().out
-    path.write_text('lr: 0.1\n')
-    assert main(['recipe', '--check', str(path), '--train-script', script]) == 0
-
-
-def test_check_says_what_is_missing(script, tmp_path, monkeypatch):
-    monkeypatch.delenv('TIMM_SCRIPTS', raising=False)
-    with pytest.raises(UserError, match='TIMM_SCRIPTS'):
-        train_script()
-    with pytest.raises(UserError, match='There is no'):
-        train_script(str(tmp_path / 'absent'))
-    monkeypatch.setenv('TIMM_SCRIPTS', str(tmp_path))
-    assert train_script() == script
-    (tmp_path / 'bad.yaml').write_text('a: [')
-    with pytest.raises(UserError, match='cannot be read as YAML'):
-        check_file(tmp_path / 'bad.yaml', script)
-    (tmp_path / 'other.py').write_text('import absent_package')
-    with pytest.raises(UserError, match="gives no parser: ModuleNotFoundError: No module named 'absent_package'"):
-        read_options(str(tmp_path / 'other.py'))

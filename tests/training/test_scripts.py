@@ -18,14 +18,14 @@ import timm
 import torch
 import yaml
 from timm.models import load_state_dict, save_for_hf
+from train_parser import problems_of
 
 import gmnet_timm.training.recipe
-from gmnet_timm.checkpoint.architecture import infer_architecture
-from gmnet_timm.demo.photos import PHOTOS, prepare_photo_patches
+from gmnet_timm.demo import PHOTOS, prepare_photo_patches
 from gmnet_timm.training.check import deviations, symptoms
 from gmnet_timm.training.recipe import RECIPES, compose_recipe, load_recipe, plan_layout
-from gmnet_timm.training.run import read_run
-from gmnet_timm.training.train_parser import check_config, read_options
+from gmnet_timm.weights.architecture import infer_architecture
+from gmnet_timm.weights.runs import read_run
 
 SCRIPTS = os.environ.get('TIMM_SCRIPTS')
 pytestmark = pytest.mark.skipif(not SCRIPTS, reason='TIMM_SCRIPTS names no checkout of timm, which has the scripts')
@@ -139,12 +139,11 @@ def test_every_value_of_a_recipe_arrives_as_the_command_line_would_set_it(work, 
 
 
 @pytest.mark.parametrize('recipe', RECIPES)
-def test_check_knows_the_real_parser(work, recipe):
-    options = read_options(str(work / 'train.py'))
+def test_train_py_knows_every_argument(work, recipe):
     composed = yaml.safe_load(compose_recipe('gmnet_s2', plan_layout(3, 7, scale_lr=True), recipe))
-    assert check_config(composed, options) == []
-    assert check_config({**composed, 'warmup_epoch': 5}, options) == [
-        'warmup_epoch is not an argument of train.py, warmup_epochs is']
+    assert problems_of(composed, work / 'train.py') == []
+    assert problems_of({**composed, 'warmup_epoch': 5, 'lr': '3e-3'}, work / 'train.py') == [
+        'warmup_epoch is not an argument', 'lr is text']
 
 
 @pytest.mark.slow

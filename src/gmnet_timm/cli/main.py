@@ -4,12 +4,16 @@ Each sub-command declares its arguments and the function that runs it. Capabilit
 imported by that function: `--help` is there at once, and a missing extra only concerns the command that needs it.
 """
 import argparse
+import contextlib
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from typing import Any
 
 from gmnet_timm import __version__
-from gmnet_timm.cli import completion, demo, frequency, models, publishing, training
-from gmnet_timm.errors import MissingExtraError, UserError, printable
+from gmnet_timm.cli import demo, frequency, hub, models, training
+from gmnet_timm.errors import MissingExtraError, TargetExistsError, UserError, printable
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,13 +30,23 @@ def main(argv: list[str] | None = None) -> int:
         if hasattr(stream, 'reconfigure'):  # a terminal of another encoding gets escapes instead of a failure
             stream.reconfigure(errors='backslashreplace')
     args = build_parser().parse_args(argv)
+    logger = logging.getLogger('gmnet_timm')
+    handler = _Handler()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     try:
-        status = args.run(args) or 0
-        if sys.stdout is not None:  # it is None where the process was started without one
-            sys.stdout.flush()
+        with contextlib.redirect_stdout(_Output(sys.stdout) if sys.stdout is not None else None):
+            status = args.run(args) or 0
+            if sys.stdout is not None:  # it is None where the process was started without one
+                sys.stdout.flush()
         return status
+    except _OutputError as e:
+        _close_stdout()
+        print(f'error: {e}', file=sys.stderr)
+        return 1
     except UserError as e:
-        print(f'error: {printable(str(e))}', file=sys.stderr)
+        hint = _hint(args) if isinstance(e, TargetExistsError) else ''
+        print(f'error: {printable(str(e))}{hint}', file=sys.stderr)
         return 3 if isinstance(e, MissingExtraError) else 1
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr)
@@ -40,12 +54,47 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, `head` say, has seen enough
         _close_stdout()
         return 141
-    except OSError as e:
-        if e.filename is not None:
+    finally:
+        logger.removeHandler(handler)
+
+
+class _OutputError(Exception):
+    """Standard output cannot be written."""
+
+
+class _Output:
+    """Standard output whose failures are told from those of other files."""
+
+    def __init__(self, stream: Any):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._failing():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._failing():
+            self._stream.flush()
+
+    @contextlib.contextmanager
+    def _failing(self) -> Iterator[None]:
+        try:
+            yield
+        except BrokenPipeError:
             raise
-        _close_stdout()
-        print(f'error: the output cannot be written: {e.strerror}', file=sys.stderr)
-        return 1
+        except OSError as e:
+            raise _OutputError(f'the output cannot be written: {e.strerror}') from e
+
+
+class _Handler(logging.Handler):
+    """What the library logs: progress as it is, the rest with its level, on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        level = '' if record.levelno <= logging.INFO else f'{record.levelname.lower()}: '
+        print(f'{level}{printable(record.getMessage())}', file=sys.stderr, flush=True)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -63,9 +112,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(prog='gmnet-timm', description='GmNet (ICLR 2026) for timm.')
     parser.add_argument('--version', action='version', version=f'%(prog)s {__version__}')
     commands = parser.add_subparsers(metavar='command', required=True)
-    for module in (demo, models, publishing, training, frequency, completion):
+    for module in (demo, models, hub, training, frequency):
         module.add_commands(commands)
     return parser
+
+
+def _hint(args: argparse.Namespace) -> str:
+    """What to type where something exists already."""
+    for option in ('folder', 'output'):
+        if hasattr(args, option) and (option == 'output' or hasattr(args, 'dry_run')):
+            other = f' Choose another by --{option}'
+            break
+    else:
+        other = ' Choose another name'
+    return f'{other}, or give --force to replace it.' if hasattr(args, 'force') else f'{other}.'
 
 
 def _close_stdout() -> None:

@@ -75,6 +75,11 @@ def parse_model_kwargs(words: list[str]) -> dict[str, Any]:
     return parsed.kwargs
 
 
+def starting(what: str) -> None:
+    """Say what a command waits for before it has anything to show, on standard error."""
+    print(f'{what} …', file=sys.stderr, flush=True)
+
+
 def print_notes(notes: tuple[str, ...]) -> None:
     """What was chosen or assumed, on standard error."""
     for note in notes:

@@ -37,8 +37,6 @@ def _add_recipe(commands) -> None:
     parser.add_argument('-o', '--output', metavar='FILE', help='write the YAML there and print the commands')
     parser.add_argument('--force', action='store_true', help='replace an existing file')
     parser.add_argument('--slurm', action='store_true', help='print a Slurm batch script for the file of -o')
-    parser.add_argument('--check', metavar='FILE', help="check a YAML file of yours against train.py's parser instead")
-    parser.add_argument('--train-script', metavar='PATH', help='train.py for --check (default: that in $TIMM_SCRIPTS)')
     parser.set_defaults(run=_run_recipe)
 
 
@@ -48,8 +46,6 @@ def _run_recipe(args: argparse.Namespace) -> int:
     from gmnet_timm.files import write_text
     from gmnet_timm.training import recipe as recipes
 
-    if args.check is not None:
-        return _check_recipe(args)
     _check_model(args.model)
     layout = recipes.plan_layout(
         args.gpus, args.batch_size, total=recipes.global_batch_size(args.recipe),
@@ -79,7 +75,7 @@ def _run_recipe(args: argparse.Namespace) -> int:
 def _check_model(name: str | None) -> None:
     from timm.models import is_model, list_models
 
-    from gmnet_timm.checkpoint.description import near_names
+    from gmnet_timm.weights.description import near_names
 
     ours = f'{", ".join(list_models("gmnet*"))}, or hf-hub:OWNER/NAME'
     if name is None:
@@ -106,7 +102,7 @@ def _recipe_values(args: argparse.Namespace) -> dict[str, Any]:
 def _network_of(model: str, path: str) -> dict[str, Any]:
     """Arguments of train.py, besides the name, for the network that weights were trained in."""
     from gmnet_timm.cli.options import print_notes
-    from gmnet_timm.source import read_source
+    from gmnet_timm.weights.model import read_source
 
     source = read_source(path)
     print_notes(source.notes)
@@ -116,18 +112,6 @@ def _network_of(model: str, path: str) -> dict[str, Any]:
     args = dict(description.distinct_args)
     args.pop('in_chans', None)  # train.py adapts the weights to the channels of the images
     return dict(gp=args.pop('global_pool', None), model_kwargs=args or None)
-
-
-def _check_recipe(args: argparse.Namespace) -> int:
-    from gmnet_timm.training.train_parser import check_file, train_script
-
-    script = train_script(args.train_script)
-    problems = check_file(args.check, script)
-    for problem in problems:
-        print(f'{args.check}: {problem}')
-    if not problems:
-        print(f'{args.check}: every argument is one of {script}')
-    return 1 if problems else 0
 
 
 def _add_check_run(commands) -> None:
@@ -147,7 +131,7 @@ def _run_check_run(args: argparse.Namespace) -> int:
     """Read a run folder of train.py. The exit status is 1 if the training looks unhealthy."""
     from gmnet_timm.training.check import format_run, plot_run, symptoms
     from gmnet_timm.training.recipe import global_batch_size
-    from gmnet_timm.training.run import read_run
+    from gmnet_timm.weights.runs import read_run
 
     global_batch_size(args.recipe)  # refuses a name that is not a recipe's
     if args.gpus is not None and args.gpus < 1:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import gradio as gr
 import torch
@@ -63,25 +64,26 @@ class Session:
         self.first = 0  # of the thumbnails
 
 
-class _Upload(gr.File):
-    """Where a picture is dropped. Gives its name and its bytes, and nothing that is not an upload."""
+with mock.patch('gradio.component_meta.create_or_modify_pyi'):  # writes a file beside the source of a component
+    class _Upload(gr.File):
+        """Where a picture is dropped. Gives its name and its bytes, and nothing that is not an upload."""
 
-    is_template = True  # in the browser it is a gr.File
-    max_bytes = 0
+        is_template = True  # in the browser it is a gr.File
+        max_bytes = 0
 
-    async def async_move_resource_to_block_cache(self, url_or_file_path):
-        # Gradio downloads what is an address, and remembers any path of a request in order to delete it later.
-        self._read(str(url_or_file_path))
-        return await super().async_move_resource_to_block_cache(url_or_file_path)
+        async def async_move_resource_to_block_cache(self, url_or_file_path):
+            # Gradio downloads what is an address, and remembers any path of a request in order to delete it later.
+            self._read(str(url_or_file_path))
+            return await super().async_move_resource_to_block_cache(url_or_file_path)
 
-    def preprocess(self, payload: Any) -> Any:
-        return None if payload is None else self._read(payload.path)
+        def preprocess(self, payload: Any) -> Any:
+            return None if payload is None else self._read(payload.path)
 
-    def _read(self, path: str) -> tuple[str, bytes]:
-        try:
-            return read_upload(path, get_upload_folder(), self.max_bytes)
-        except (UserError, OSError, ValueError) as e:
-            raise _refused(str(e) if isinstance(e, UserError) else 'This cannot be read.') from None
+        def _read(self, path: str) -> tuple[str, bytes]:
+            try:
+                return read_upload(path, get_upload_folder(), self.max_bytes)
+            except (UserError, OSError, ValueError) as e:
+                raise _refused(str(e) if isinstance(e, UserError) else 'This cannot be read.') from None
 
 
 def look_of_the_page() -> dict[str, Any]:

@@ -16,9 +16,10 @@ from timm.data import ImageDataset
 from gmnet_timm.errors import UserError
 from gmnet_timm.frequency.answers import confidences, top_classes
 from gmnet_timm.frequency.bands import Band, BandSplit, SplitOptions
-from gmnet_timm.frequency.data import class_names_of, open_dataset, prepare_picture, read_picture, to_mode, to_pixels
+from gmnet_timm.frequency.data import open_dataset, prepare_picture, read_picture, to_mode, to_pixels
 from gmnet_timm.frequency.split import largest_radius
-from gmnet_timm.source import LoadedModel
+from gmnet_timm.weights.class_names import class_names_of
+from gmnet_timm.weights.model import LoadedModel
 
 __all__ = ['Exploration', 'Images', 'Picture', 'ShownModel', 'read_upload', 'shown_bands']
 

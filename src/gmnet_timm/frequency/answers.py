@@ -14,7 +14,9 @@ from gmnet_timm.errors import UserError
 from gmnet_timm.frequency.bands import Band, BandSplit, logits_of
 from gmnet_timm.frequency.split import largest_radius
 
-__all__ = ['Change', 'ScanPoint', 'confidences', 'list_changes', 'scan_radii', 'top_classes']
+__all__ = [
+    'Change', 'ScanPoint', 'class_probabilities', 'confidences', 'list_changes', 'scan_radii', 'top_classes',
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Change:
 
 
 def confidences(model: nn.Module, split: BandSplit, bands: Sequence[Band]) -> torch.Tensor:
-    """Softmax of a classifier's logits for bands of one image, (bands, classes), in one batch.
+    """Probabilities of a classifier for bands of one image, (bands, classes), in one batch.
 
     Args:
         model: A classifier, on the device of the image and in the mode it is left in.
@@ -71,10 +73,19 @@ def confidences(model: nn.Module, split: BandSplit, bands: Sequence[Band]) -> to
         UserError: The model is not a classifier, or its logits are NaN or infinite.
     """
     with torch.inference_mode():
-        logits = logits_of(model(torch.cat([split(band) for band in bands])))
+        return class_probabilities(model(torch.cat([split(band) for band in bands])))
+
+
+def class_probabilities(output: Any) -> torch.Tensor:
+    """Probabilities (B, classes) from what a classifier returns: a softmax, for one class a sigmoid.
+
+    Raises:
+        UserError: It is not a classifier, or its logits are NaN or infinite.
+    """
+    logits = logits_of(output).float()
     if not logits.isfinite().all():
         raise UserError('The logits are NaN or infinite: the weights are damaged or have diverged.')
-    return logits.float().softmax(-1)
+    return logits.softmax(-1) if logits.shape[-1] > 1 else logits.sigmoid()
 
 
 def top_classes(confidence: torch.Tensor, count: int, names: Sequence[str] = ()) -> list[tuple[str, float]]:

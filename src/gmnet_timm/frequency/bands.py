@@ -9,9 +9,9 @@ import torch.distributed as dist
 from torch import nn
 
 from gmnet_timm.errors import UserError
+from gmnet_timm.frequency.intervals import wilson_interval
 from gmnet_timm.frequency.progress import progress
 from gmnet_timm.frequency.split import check_radii, frequency_bands, restore, spectrum_of
-from gmnet_timm.frequency.statistics import wilson_interval
 
 __all__ = [
     'BANDS', 'Band', 'BandAccuracy', 'BandSplit', 'SplitOptions', 'band_images', 'evaluate_bands', 'list_bands',

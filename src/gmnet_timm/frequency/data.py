@@ -18,8 +18,8 @@ from gmnet_timm.errors import UserError, listed
 from gmnet_timm.frequency.processes import gathered
 
 __all__ = [
-    'CountingLoader', 'class_names_of', 'create_band_loader', 'image_mode', 'open_dataset', 'prepare_picture',
-    'read_picture', 'to_mode', 'to_pixels',
+    'CountingLoader', 'create_band_loader', 'image_mode', 'open_dataset', 'prepare_picture', 'read_picture', 'to_mode',
+    'to_pixels',
 ]
 
 MAX_PIXELS = 50_000_000  # of a single picture, as it is and as it is resized for a model
@@ -375,12 +375,6 @@ def _count_ignored(root: str) -> int:
     return sum(
         Path(name).suffix.lower() in others
         for folder, _, names in os.walk(root, followlinks=True) for name in names if folder != str(root))
-
-
-def class_names_of(dataset: Any) -> list[str]:
-    """Names of the classes of a timm dataset in their order, [] where it does not know them."""
-    indices = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None) or {}
-    return sorted(indices, key=lambda name: indices[name])
 
 
 def _check_classes(dataset: Dataset, num_classes: int | None) -> None:

@@ -16,8 +16,8 @@ from gmnet_timm.frequency.bands import SplitOptions, evaluate_bands
 from gmnet_timm.frequency.data import create_band_loader
 from gmnet_timm.frequency.reports import read_csv, write_csv
 from gmnet_timm.frequency.split import check_corner
-from gmnet_timm.source import LoadedModel, load_model
-from gmnet_timm.training.run import ARGS_NAME, epoch_checkpoints, read_args
+from gmnet_timm.weights.model import LoadedModel, load_model
+from gmnet_timm.weights.runs import ARGS_NAME, epoch_checkpoints, read_args
 
 __all__ = [
     'EvalSettings', 'band_curves', 'evaluate_model', 'evaluate_models', 'evaluate_runs', 'kept_rows', 'report_rows',

@@ -9,9 +9,9 @@ from torch import nn
 
 from gmnet_timm.errors import UserError
 from gmnet_timm.frequency.bands import check_labels, logits_of
+from gmnet_timm.frequency.intervals import wilson_interval
 from gmnet_timm.frequency.processes import gathered, own_part
 from gmnet_timm.frequency.progress import progress
-from gmnet_timm.frequency.statistics import wilson_interval
 
 __all__ = ['HeatmapPoint', 'directions', 'fourier_basis', 'fourier_heatmap', 'radial_summary']
 

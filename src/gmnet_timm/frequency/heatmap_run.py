@@ -8,7 +8,7 @@ import torch
 from gmnet_timm.frequency.heatmap import HeatmapPoint, directions, fourier_heatmap
 from gmnet_timm.frequency.processes import gathered, is_first
 from gmnet_timm.frequency.reports import read_csv, write_csv
-from gmnet_timm.source import LoadedModel
+from gmnet_timm.weights.model import LoadedModel
 
 __all__ = ['run_heatmap']
 

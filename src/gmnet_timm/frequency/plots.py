@@ -20,26 +20,22 @@ from gmnet_timm.frequency.answers import ScanPoint
 from gmnet_timm.frequency.bands import BANDS, Band
 from gmnet_timm.frequency.extras import require_matplotlib
 from gmnet_timm.frequency.heatmap import HeatmapPoint, radial_summary
-from gmnet_timm.frequency.learn_tasks import IDEAL
 from gmnet_timm.frequency.sensitivity import Sensitivity
 from gmnet_timm.frequency.signals import SIGNAL_NAMES, LayerSpectrum
 from gmnet_timm.frequency.split import log_amplitude_spectrum, modes_per_bin, radial_power_spectrum
-from gmnet_timm.frequency.statistics import mean_interval
-from gmnet_timm.frequency.theory import MapPrediction
-from gmnet_timm.frequency.variants import Variant
 
 __all__ = [
-    'Curves', 'band_title', 'displayable', 'draw_band_accuracy', 'draw_band_curves', 'draw_comparisons',
-    'draw_confusion', 'draw_heatmaps', 'draw_image_panel', 'draw_image_spectrum', 'draw_layers', 'draw_learning',
-    'draw_log_amplitudes', 'draw_maps', 'draw_scan', 'draw_sensitivity', 'draw_theory', 'draw_theory_of_gates',
-    'figure_svg', 'plot_accuracy', 'plot_gain', 'plot_heatmap', 'plot_image_spectrum', 'plot_log_amplitude',
-    'plot_radial_error', 'plot_scan', 'plot_sensitivity', 'plot_spectrum', 'radius_axis', 'save_figure',
+    'Curves', 'LINES', 'band_title', 'displayable', 'draw_band_accuracy', 'draw_band_curves', 'draw_heatmaps',
+    'draw_image_panel', 'draw_image_spectrum', 'draw_layers', 'draw_log_amplitudes', 'draw_maps', 'draw_scan',
+    'draw_sensitivity', 'figure_svg', 'new_figure', 'plot_accuracy', 'plot_gain', 'plot_heatmap',
+    'plot_image_spectrum', 'plot_log_amplitude', 'plot_radial_error', 'plot_scan', 'plot_sensitivity', 'plot_spectrum',
+    'radius_axis', 'save_figure', 'with_legend',
 ]
 
 # label -> (band, radius as text) -> points (x, percent, lower bound, upper bound)
 Curves = Mapping[str, Mapping[tuple[str, str], Sequence[tuple[float, float, float, float]]]]
 
-_LINES: list[dict[str, Any]] = [
+LINES: list[dict[str, Any]] = [
     dict(linestyle='-', marker='o', color='black'),
     dict(linestyle='--', marker='s', color='#0072b2', markerfacecolor='white'),
     dict(linestyle='-.', marker='^', color='#d55e00'),
@@ -82,7 +78,7 @@ def plot_accuracy(
         errors = torch.stack([middle - low, high - middle]).nan_to_num(0.).clamp(min=0)
         ax.errorbar(
             x, middle, yerr=errors, label=label, markersize=4.5, linewidth=1.3, elinewidth=.8, capsize=1.5,
-            **_LINES[i % len(_LINES)])
+            **LINES[i % len(LINES)])
     if chance is not None:
         ax.axhline(chance, color='gray', linewidth=.8, linestyle=(0, (2, 2)), label='chance')
     ax.set_ylim(bottom=0)
@@ -100,7 +96,7 @@ def plot_spectrum(layer: LayerSpectrum, ax: Any = None) -> Any:
     for name, signal in layer.signals.items():
         energy = signal.power.mean(0)[1:].sum()
         values = signal.per_mode[1:] / energy
-        _log_line(ax, values, label=SIGNAL_NAMES[name], **_LINES[_SIGNAL_STYLES[name]])
+        _log_line(ax, values, label=SIGNAL_NAMES[name], **LINES[_SIGNAL_STYLES[name]])
     statistics = layer.statistics
     if statistics is not None and statistics.predicted is not None:
         size = layer.signals['product'].size
@@ -128,7 +124,7 @@ def plot_gain(layer: LayerSpectrum, ax: Any = None) -> Any:
     ax = _own(ax)
     gain, low, high = (values[1:] for values in found)
     radii = range(1, len(gain) + 1)
-    ax.semilogy(radii, gain, label='after / before', markersize=3, **_LINES[0])
+    ax.semilogy(radii, gain, label='after / before', markersize=3, **LINES[0])
     ax.fill_between(radii, low, high, color='gray', alpha=.4, label='95 % interval over images')
     ax.axhline(1, color='gray', linewidth=.8, label='gain 1')
     from matplotlib.ticker import LogLocator
@@ -143,7 +139,7 @@ def plot_log_amplitude(models: Mapping[str, Sequence[LogAmplitude]], ax: Any = N
     """Draw the relative log amplitude at the corner of the spectrum by depth with 95 % intervals, a line per model."""
     ax = _own(ax)
     for i, (label, layers) in enumerate(models.items()):
-        style = _LINES[i % len(_LINES)]
+        style = LINES[i % len(LINES)]
         depth = [layer.depth for layer in layers]
         ax.plot(depth, [layer.high for layer in layers], label=label, markersize=4, **style)
         low, high = zip(*((bound[-1].item() for bound in layer.interval()) for layer in layers), strict=True)
@@ -186,7 +182,7 @@ def plot_radial_error(
     for i, (label, points) in enumerate(models.items()):
         rows = radial_summary(points)
         ax.plot([row['radius'] for row in rows], [row['error'] for row in rows], label=label, markersize=4,
-                **_LINES[i % len(_LINES)])
+                **LINES[i % len(LINES)])
     if chance is not None:
         ax.axhline(chance, color='gray', linewidth=.8, linestyle=(0, (2, 2)), label='chance')
     ax.set_ylim(bottom=0)
@@ -201,7 +197,7 @@ def plot_sensitivity(models: Mapping[str, Sensitivity], ax: Any = None) -> Any:
     ax = _own(ax)
     smallest = math.inf
     for i, (label, found) in enumerate(models.items()):
-        style = _LINES[i % len(_LINES)]
+        style = LINES[i % len(LINES)]
         modes = modes_per_bin(*found.size)
         middle, low, high = (values[1:] / modes[1:] for values in found.interval())
         _log_line(ax, middle, label=label, **style)
@@ -311,7 +307,7 @@ def draw_band_curves(curves: Curves, title: str = '', chance: float | None = Non
     keys = list(dict.fromkeys(key for bands in curves.values() for key in bands))
     kinds = [kind for kind in ('raw', 'low', 'high', 'band-pass', 'band-stop') if any(key[0] == kind for key in keys)]
     radii = {kind: [radius for band, radius in keys if band == kind] for kind in kinds}
-    figure, axes = _figure(max(map(len, radii.values())), len(kinds), 3.6, 2.9, sharex=True, sharey=True)
+    figure, axes = new_figure(max(map(len, radii.values())), len(kinds), 3.6, 2.9, sharex=True, sharey=True)
     for column, kind in enumerate(kinds):
         for row, axis in enumerate(axes[:, column]):
             if row >= len(radii[kind]):
@@ -325,7 +321,7 @@ def draw_band_curves(curves: Curves, title: str = '', chance: float | None = Non
             axis.set_xlabel('epoch')
             axis.set_ylabel('top-1 (%)')
             axis.tick_params(labelbottom=True, labelleft=True)
-    return _with_legend(figure, title, axes[0][0])
+    return with_legend(figure, title, axes[0][0])
 
 
 def draw_band_accuracy(curves: Curves, title: str = '', chance: float | None = None) -> Any:
@@ -338,12 +334,12 @@ def draw_band_accuracy(curves: Curves, title: str = '', chance: float | None = N
         chance: Accuracy at chance in percent.
     """
     kinds = list(dict.fromkeys(kind for bands in curves.values() for kind, _ in bands if kind != 'raw'))
-    figure, axes = _figure(1, max(1, len(kinds)), 4.2, 3.2, sharex=True, sharey=True)
+    figure, axes = new_figure(1, max(1, len(kinds)), 4.2, 3.2, sharex=True, sharey=True)
     for axis, kind in zip(axes[0], kinds):
         plot_accuracy({label: bands.get((kind, ''), []) for label, bands in curves.items()}, axis, chance=chance)
         for i, bands in enumerate(curves.values()):
             axis.axhline(bands['raw', ''][0][1], linewidth=.9, alpha=.6, **{
-                key: value for key, value in _LINES[i % len(_LINES)].items() if key in ('color', 'linestyle')})
+                key: value for key, value in LINES[i % len(LINES)].items() if key in ('color', 'linestyle')})
         axis.set_title(f'{kind}; horizontal lines: raw images', fontsize=10)
         axis.set_xlabel('radius (cycles/image)')
         axis.set_ylabel('top-1 (%)')
@@ -351,7 +347,7 @@ def draw_band_accuracy(curves: Curves, title: str = '', chance: float | None = N
     tops = [max(y for y in point[1:] if not math.isnan(y)) for bands in curves.values()
             for points in bands.values() for point in points]
     axes[0][0].set_ylim(0, 1.05 * max(tops))  # the lines of raw images lie above what the panels hold
-    return _with_legend(figure, title, axes[0][0])
+    return with_legend(figure, title, axes[0][0])
 
 
 def draw_layers(layers: Sequence[LayerSpectrum], title: str = '', *, gain: bool = False) -> Any:
@@ -377,7 +373,7 @@ def draw_layers(layers: Sequence[LayerSpectrum], title: str = '', *, gain: bool 
         raise UserError(f'There is nothing to draw: left out are {"; ".join(notes) or "all"}. Use larger images.')
     columns = min(5 if len(drawn) > 8 else 4, len(drawn))
     rows = math.ceil(len(drawn) / columns)
-    figure, axes = _figure(rows, columns, 3.4 if len(drawn) < 3 else 2.7, 2.4, sharey=True)
+    figure, axes = new_figure(rows, columns, 3.4 if len(drawn) < 3 else 2.7, 2.4, sharey=True)
     flat = list(axes.flat)
     for axis, layer in zip(flat, drawn, strict=False):
         (plot_gain if gain else plot_spectrum)(layer, axis)
@@ -392,24 +388,24 @@ def draw_layers(layers: Sequence[LayerSpectrum], title: str = '', *, gain: bool 
     for i in range(max(0, len(drawn) - columns), len(drawn)):
         flat[i].set_xlabel('cycles per image', fontsize=9)
     left_out = f'\nleft out: {"; ".join(notes)}' if notes else ''
-    return _with_legend(figure, title + left_out, *flat[:len(drawn)])
+    return with_legend(figure, title + left_out, *flat[:len(drawn)])
 
 
 def draw_log_amplitudes(models: Mapping[str, Sequence[LogAmplitude]], title: str = '') -> Any:
     """Relative log amplitude: by depth, and along the half-diagonal for the first and the last block of each model."""
-    figure, axes = _figure(1, 2, 4.4, 3.4)
+    figure, axes = new_figure(1, 2, 4.4, 3.4)
     plot_log_amplitude(models, axes[0][0])
     axes[0][0].set_title('at the corner of the spectrum, by depth', fontsize=10)
     for i, layers in enumerate(models.values()):
         for layer, alpha in ((layers[0], .4), (layers[-1], 1.)):
-            style = {key: value for key, value in _LINES[i % len(_LINES)].items() if key != 'marker'}
+            style = {key: value for key, value in LINES[i % len(LINES)].items() if key != 'marker'}
             points = torch.linspace(0, 1, len(layer.curve))
             axes[0][1].plot(points, layer.curve, alpha=alpha, **style)
     axes[0][1].set_title('along the half-diagonal; pale: first block, full: last', fontsize=10)
     axes[0][1].set_xlabel('frequency (0: mean, 1: corner)')
     axes[0][1].set_ylabel('Δ log amplitude')
     axes[0][1].grid(alpha=.3)
-    return _with_legend(figure, title, axes[0][0])
+    return with_legend(figure, title, axes[0][0])
 
 
 def draw_heatmaps(
@@ -431,14 +427,14 @@ def draw_heatmaps(
     top = max(point.error for found in models.values() for points in found.values() for point in points)
     if len(amplitudes) == 1:
         columns = min(3, len(models) + 1)
-        figure, axes = _figure(math.ceil((len(models) + 1) / columns), columns, 3.6, 3.1)
+        figure, axes = new_figure(math.ceil((len(models) + 1) / columns), columns, 3.6, 3.1)
         maps, radial = list(axes.flat[:len(models)]), [axes.flat[len(models)]]
         for axis in axes.flat[len(models) + 1:]:
             axis.axis('off')
         by_panel = [{label: found[amplitudes[0]] for label, found in models.items()}]
         names = [f'amplitude {amplitudes[0]:g}, mean by radius']
     else:
-        figure, axes = _figure(len(models), len(amplitudes) + 1, 3.5, 3.1)
+        figure, axes = new_figure(len(models), len(amplitudes) + 1, 3.5, 3.1)
         maps, radial = list(axes[:, :-1].flat), list(axes[:, -1])
         by_panel = [{f'amplitude {a:g}': points for a, points in found.items()} for found in models.values()]
         names = [f'{label}\nmean by radius' for label in models]
@@ -450,93 +446,13 @@ def draw_heatmaps(
         axis.set_ylim(0, 1.05 * max(top, chance or 0, 1.))
         axis.set_title(name, fontsize=10)
     figure.colorbar(maps[0].images[-1], ax=maps, label='error (%)', shrink=.8)
-    return _with_legend(figure, title, radial[0])
+    return with_legend(figure, title, radial[0])
 
 
 def draw_sensitivity(models: Mapping[str, Sensitivity], title: str = '') -> Any:
     """Spectra of input gradients of models in one panel."""
-    figure, axes = _figure(1, 1, 6.4, 3.8)
-    return _with_legend(figure, title, plot_sensitivity(models, axes[0][0]))
-
-
-def draw_theory(maps: Sequence[MapPrediction]) -> Any:
-    """High/low of Gaussian maps after each function against their scale, and its spectrum at the scale nearest 1.4."""
-    figure, axes = _figure(1, 2, 4.6, 3.6)
-    scales = sorted({prediction.scale for prediction in maps})
-    near = min(scales, key=lambda scale: abs(math.log(scale / 1.4)))
-    before = maps[0].input
-    bins = slice(1, before.size[0] // 2 + 1)
-    for i, name in enumerate(dict.fromkeys(prediction.function for prediction in maps)):
-        style, label = {'markersize': 4, **_LINES[i % len(_LINES)]}, Variant(name).label
-        found = sorted((p for p in maps if p.function == name), key=lambda p: p.scale)
-        axes[0][0].semilogx([p.scale for p in found], [p.output.high_low_ratio for p in found], label=label, **style)
-        after = next(p.output for p in found if p.scale == near)
-        share, input_share = (x.power[0, bins] / x.power[0, 1:].sum() for x in (after, before))
-        axes[0][1].plot(range(1, len(share) + 1), share / input_share, markevery=(i, 7), **style)
-    axes[0][0].axhline(before.high_low_ratio, color='gray', linewidth=.8)
-    axes[0][0].set_ylim(bottom=0)
-    axes[0][0].set_title('energy beyond half of Nyquist over the rest', fontsize=10)
-    axes[0][0].set_xlabel('standard deviation of the map; grey: ratio of the map')
-    axes[0][0].set_ylabel('high/low')
-    axes[0][1].axhline(1, color='gray', linewidth=.8)
-    axes[0][1].set_title(f'spectra at standard deviation {near:g}', fontsize=10)
-    axes[0][1].set_xlabel('radius (cycles/map)')
-    axes[0][1].set_ylabel('share of energy, after over before')
-    for axis in axes[0]:
-        axis.grid(alpha=.3)
-    return _with_legend(figure, 'Gaussian maps of {}×{} in theory'.format(*before.size), axes[0][0])
-
-
-def draw_theory_of_gates(rows: Sequence[Mapping[str, Any]], title: str = '') -> Any:
-    """High/low of the input and the product of each gate as measured, and of the product in theory."""
-    figure, axes = _figure(1, 1, max(6.4, .45 * len(rows)), 4.)
-    axis = axes[0][0]
-    lines = {'value_high_low': 'input', 'product_high_low': 'product', 'predicted_high_low': 'product in theory'}
-    for i, (key, label) in enumerate(lines.items()):
-        axis.plot([row[key] for row in rows], label=label, markersize=5, **_LINES[i])
-    functions = [key for key in rows[0] if key.startswith('predicted_') and key not in lines]
-    for key in functions:
-        label = Variant(key.removeprefix('predicted_')).label
-        axis.plot([row[key] for row in rows], label=f'{label} in theory', marker='_', linestyle='', markersize=9)
-    axis.set_xticks(range(len(rows)), [f'{row["layer"]}\n{row["size"]}' for row in rows], rotation=90, fontsize=7)
-    axis.set_ylabel('high/low')
-    axis.set_ylim(bottom=0)
-    axis.grid(alpha=.3)
-    return _with_legend(figure, title, axis)
-
-
-def draw_learning(runs: Sequence[Mapping[str, Any]]) -> Any:
-    """What each variant learned by step: a panel each, a line per band with Student's 95 % interval over seeds."""
-    regression = runs[0]['task'] == 'regression'
-    columns = min(5, len(runs))
-    figure, axes = _figure(math.ceil(len(runs) / columns), columns, 2.7, 2.4, sharex=True, sharey=True)
-    from matplotlib import colormaps
-    for axis, run in zip(axes.flat, runs):
-        for i, band in enumerate(run['bands']):
-            points = [mean_interval([curve[m][i] for curve in run['values']]) for m in range(len(run['steps']))]
-            mean, low, high = (torch.tensor(values) for values in zip(*points))
-            colour = colormaps['viridis'](.95 * i / max(1, len(run['bands']) - 1))
-            label = f'{band} cycle{"" if band == "1" else "s"}'
-            axis.plot(run['steps'], mean, color=colour, linewidth=1.2, label=label)
-            axis.fill_between(run['steps'], low, high, color=colour, alpha=.15, linewidth=0)
-        axis.set_title(f'{Variant(run["variant"]).label}, lr {run["learning_rate"]:g}', fontsize=9)
-        axis.grid(alpha=.3)
-        axis.tick_params(labelsize=8)
-        if regression:
-            axis.set_xscale('symlog', linthresh=10)
-            axis.set_ylim(0, 1.2)
-        else:
-            axis.axhline(IDEAL, color='gray', linewidth=.8, linestyle=(0, (2, 2)), label='best observer')
-            axis.set_ylim(.4, 1)
-    for axis in list(axes.flat)[len(runs):]:
-        axis.axis('off')
-    for row in axes:
-        row[0].set_ylabel('relative error' if regression else 'accuracy', fontsize=9)
-    for axis in axes[-1]:
-        axis.set_xlabel('step', fontsize=9)
-    seeds = len(runs[0]['values'])
-    title = f'{runs[0]["task"]}, mean of {seeds} seed{"" if seeds == 1 else "s"} and its 95 % interval'
-    return _with_legend(figure, title, axes[0][0])
+    figure, axes = new_figure(1, 1, 6.4, 3.8)
+    return with_legend(figure, title, plot_sensitivity(models, axes[0][0]))
 
 
 def draw_image_panel(
@@ -554,7 +470,7 @@ def draw_image_panel(
     kinds = [kind for kind in BANDS if any(band.kind == kind for band, _ in parts)]
     columns = {kind: [band for band, _ in parts if band.kind == kind] for kind in kinds}
     rows = max(2, len(kinds))
-    figure, axes = _figure(rows, 1 + max(map(len, columns.values()), default=0), 2.7, 3.1 + .06 * len(answers[0]))
+    figure, axes = new_figure(rows, 1 + max(map(len, columns.values()), default=0), 2.7, 3.1 + .06 * len(answers[0]))
     for (band, pixels), lines in zip(parts, answers, strict=True):
         axis = axes[0][0] if band.radius is None else axes[kinds.index(band.kind)][columns[band.kind].index(band) + 1]
         shown, note = displayable(pixels, band.kind)
@@ -579,16 +495,16 @@ def draw_scan(points: Mapping[str, Sequence[ScanPoint]], largest: int, title: st
         largest: Largest radius, for the axis.
         title: Title of the figure.
     """
-    figure, axes = _figure(len(points), 1, 5., 2.3)
+    figure, axes = new_figure(len(points), 1, 5., 2.3)
     for axis, (label, found) in zip(axes[:, 0], points.items(), strict=True):
         plot_scan(found, largest, axis)
         axis.set_title(label, fontsize=10)
-    return _with_legend(figure, title, *axes[:, 0])
+    return with_legend(figure, title, *axes[:, 0])
 
 
 def draw_image_spectrum(image: torch.Tensor, title: str = '') -> Any:
     """The spectrum of an image (C, H, W) in a figure of its own."""
-    figure, axes = _figure(1, 1, 5., 2.6)
+    figure, axes = new_figure(1, 1, 5., 2.6)
     plot_image_spectrum(image, axes[0][0])
     figure.suptitle(title, fontsize=11)
     return figure
@@ -602,7 +518,7 @@ def draw_maps(maps: Mapping[str, torch.Tensor], channels: Sequence[int], title: 
         channels: Which ones to draw.
         title: Title of the figure.
     """
-    figure, axes = _figure(2 * len(maps), len(channels), 1.15, 1.25)
+    figure, axes = new_figure(2 * len(maps), len(channels), 1.15, 1.25)
     for i, (name, signal) in enumerate(maps.items()):
         chosen = [channel for channel in channels if channel < len(signal)]
         shown = [signal[channel].float().cpu() for channel in chosen]
@@ -649,56 +565,6 @@ def figure_svg(figure: Any, crop: bool = True) -> str:
     return text.getvalue()
 
 
-def draw_comparisons(
-        panels: Mapping[str, Sequence[tuple[str, float, float, float, bool]]],
-        title: str = '',
-) -> Any:
-    """Differences with their intervals, one panel per outcome.
-
-    Args:
-        panels: Label, difference, bounds, and whether it is significant (a filled marker), by outcome; the labels of
-            the first panel are those of all.
-        title: Title of the figure.
-    """
-    rows = len(next(iter(panels.values())))
-    figure, axes = _figure(1, len(panels), 3.6, .3 * rows, sharey=True)
-    for axis, (outcome, lines) in zip(axes[0], panels.items()):
-        for i, (_, middle, low, high, significant) in enumerate(lines):
-            axis.plot([low, high], [i, i], color='black', linewidth=1)
-            axis.plot(middle, i, 'o', color='black', markerfacecolor='black' if significant else 'white')
-        axis.axvline(0, color='gray', linewidth=.8)
-        axis.set_title(outcome, fontsize=10)
-        axis.set_xlabel('points')
-        axis.grid(alpha=.3)
-    axes[0][0].set_yticks(range(rows), [line[0] for line in next(iter(panels.values()))], fontsize=9)
-    axes[0][0].invert_yaxis()
-    figure.suptitle(title, fontsize=11)
-    return figure
-
-
-def draw_confusion(matrices: Mapping[str, tuple[Sequence[str], Sequence[Sequence[int]]]], title: str = '') -> Any:
-    """Confusion matrices by title, as shares of each row: the classes, and counts by label and answer."""
-    columns = min(3, len(matrices))
-    figure, axes = _figure(math.ceil(len(matrices) / columns), columns, 3.4, 3.4)
-    for axis, (name, (classes, counts)) in zip(axes.flat, matrices.items()):
-        table = torch.tensor(counts, dtype=torch.float64)
-        table /= table.sum(1, keepdim=True)
-        axis.imshow(table.numpy(), vmin=0, vmax=1, cmap='Greys')
-        axis.set_title(name, fontsize=10)
-        if len(classes) <= 20:
-            axis.set_xticks(range(len(classes)), classes, rotation=90, fontsize=8)
-            axis.set_yticks(range(len(classes)), classes, fontsize=8)
-            for label, row in enumerate(table.tolist()):
-                for answer, share in enumerate(row):
-                    if share >= .05:
-                        axis.text(answer, label, f'{100 * share:.0f}', ha='center', va='center', fontsize=7,
-                                  color='white' if share > .5 else 'black')
-        axis.set_xlabel('answer', fontsize=9)
-        axis.set_ylabel('label', fontsize=9)
-    figure.suptitle(f'{title}; percent of each row', fontsize=11)
-    return figure
-
-
 def _own(ax: Any) -> Any:
     if ax is not None:
         return ax
@@ -712,7 +578,7 @@ def _log_line(ax: Any, values: torch.Tensor, **style: Any) -> None:
     ax.semilogy(range(1, len(values) + 1), values, **{'markersize': 3, **style})
 
 
-def _figure(rows: int, columns: int, width: float, height: float, **kwargs: Any):
+def new_figure(rows: int, columns: int, width: float, height: float, **kwargs: Any):
     require_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -721,7 +587,7 @@ def _figure(rows: int, columns: int, width: float, height: float, **kwargs: Any)
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
 
 
-def _with_legend(figure: Any, title: str, *axes: Any) -> Any:
+def with_legend(figure: Any, title: str, *axes: Any) -> Any:
     """One legend below all panels, with the lines of all given ones, in as many columns as fit."""
     found: dict[str, Any] = {}
     for axis in axes:

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from gmnet_timm.errors import UserError
-from gmnet_timm.yaml_file import read_yaml
+from gmnet_timm.weights.runs import read_yaml
 
 __all__ = [
     'RECIPES', 'Layout', 'RecipeError', 'compose_recipe', 'global_batch_size', 'launch_commands', 'load_recipe',

@@ -1,0 +1,1 @@
+"""What small networks learn at which frequency."""

@@ -1,0 +1,1 @@
+"""Do gates use high frequencies better than activations do?"""

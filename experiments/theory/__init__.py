@@ -1,0 +1,1 @@
+"""What gates do to spectra in theory."""

@@ -1,1 +1,0 @@
-"""What does a file hold, and which model is it?"""

@@ -1,0 +1,261 @@
+"""What the `gmnet-timm freq …` commands share: options, models, data, the machine, and where results go."""
+import argparse
+from pathlib import Path
+from typing import Any
+
+from gmnet_timm.cli.options import (
+    SOURCES,
+    add_description,
+    add_preprocessing,
+    description,
+    preprocessing,
+    print_notes,
+)
+from gmnet_timm.errors import TargetExistsError, UserError
+
+DEFAULT_OUTPUT = 'output/freq'
+
+
+def add_command(
+        commands,
+        name: str,
+        text: str,
+        run,
+        output: bool = True,
+        force: bool = True,
+) -> argparse.ArgumentParser:
+    """Declare one of the commands."""
+    parser = commands.add_parser(name, help=text, description=run.__doc__)
+    parser.set_defaults(run=run)
+    if output and force:
+        parser.add_argument('--force', action='store_true', help='replace the results of an earlier call')
+    if output:
+        parser.add_argument(
+            '--output',
+            type=Path,
+            default=Path(DEFAULT_OUTPUT),
+            metavar='DIR',
+            help='folder to write (default: %(default)s)',
+        )
+    return parser
+
+
+def add_model(parser, name: str, **kwargs: Any) -> None:
+    parser.add_argument(
+        name, metavar='MODEL', help=f"a name of timm's, local-dir:FOLDER, hf-hub:OWNER/NAME, {SOURCES}", **kwargs)
+    add_description(parser)
+    add_preprocessing(parser)
+
+
+def add_data(parser, own: bool = False) -> None:
+    parser.add_argument(
+        '--data-dir',
+        metavar='DIR',
+        help='image folder with one sub-folder per class' + (" (default: the run's own data)" if own else ''),
+    )
+    parser.add_argument('--dataset', default='', help='a dataset name of timm, such as torch/cifar10')
+    parser.add_argument(
+        '--split', help='sub-folder or split (default: validation; a folder without splits is taken as it is)')
+    parser.add_argument('--class-map', default='', metavar='FILE', help='order of the classes, as for train.py')
+    if own:
+        parser.add_argument('--no-ema', action='store_true', help='ignore EMA weights in checkpoints')
+
+
+def add_split(parser, radii: list[float]) -> None:
+    parser.add_argument(
+        '--radii', type=float, nargs='+', default=radii, metavar='R',
+        help=f'in cycles per image (default: {" ".join(f"{r:g}" for r in radii)})')
+    parser.add_argument('--keep-dc', action='store_true', help='keep the mean of each channel in high-pass images')
+    parser.add_argument(
+        '--restore-contrast', action='store_true', help="scale high-pass images to the image's standard deviation")
+    parser.add_argument(
+        '--edge-width', type=float, default=0., metavar='W',
+        help='cycles per image over which a band fades out (default: 0, the hard edge of the paper)')
+    parser.add_argument(
+        '--split-space', choices=['normalized', 'pixels'], default='normalized',
+        help='split what enters the model, or pixels before normalisation (default: %(default)s)')
+
+
+def add_bands(parser) -> None:
+    parser.add_argument(
+        '--bands',
+        nargs='+',
+        default=['low', 'high'],
+        choices=['low', 'high', 'band-pass', 'band-stop'],
+        help='low-pass and high-pass images of each radius; band-pass and band-stop between each two radii '
+             '(default: low high)',
+    )
+
+
+def add_machine(parser, num_images: int | None = None) -> None:
+    """Options of how a command runs; it evaluates all images and takes --amp unless it has a number of images."""
+    parser.add_argument('--device', default='auto', help='(default: a GPU if there is one)')
+    parser.add_argument('--batch-size', type=int, default=64, help='(default: %(default)s)')
+    parser.add_argument('--workers', type=int, default=2, help='processes that load images (default: %(default)s)')
+    parser.add_argument(
+        '--num-images', type=int, metavar='N', default=num_images,
+        help=f'use N images, evenly spaced (default: {num_images or "all"})')
+    if num_images is None:
+        parser.add_argument('--amp', choices=['bfloat16', 'float16'], help='autocast to this type')
+
+
+def eval_settings(args: argparse.Namespace):
+    from gmnet_timm.frequency.evaluation import EvalSettings
+    return EvalSettings(
+        data_dir=args.data_dir, dataset=args.dataset, split=args.split, class_map=args.class_map,
+        num_images=args.num_images, radii=tuple(args.radii), kinds=tuple(args.bands), options=split_options(args),
+        amp_dtype=args.amp)
+
+
+def split_options(args: argparse.Namespace):
+    from gmnet_timm.frequency.bands import SplitOptions
+    return SplitOptions(args.keep_dc, args.restore_contrast, args.split_space, args.edge_width)
+
+
+def number_or_all(text: str) -> int | None:
+    if text != 'all' and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f'give a number or all, not {text!r}')
+    return None if text == 'all' else int(text)
+
+
+def add_maps(parser, window: bool = True) -> None:
+    parser.add_argument(
+        '--layout', choices=['NCHW', 'NHWC', 'NLC', 'NCL'],
+        help='layout of the named modules (default: found by following positions through the model)')
+    if window:
+        parser.add_argument('--window', choices=['hann'], help='taper maps to the border, against leakage')
+
+
+def add_figures(parser, optional: bool = True) -> None:
+    parser.add_argument(
+        '--figure-formats', nargs='+', default=['png'], choices=['png', 'pdf', 'svg'], help='(default: png)')
+    if optional:
+        parser.add_argument('--no-figure', action='store_true', help='write no figures, without matplotlib')
+
+
+def figure_paths(args: argparse.Namespace, name: str) -> list[Path]:
+    return [] if getattr(args, 'no_figure', False) else [args.output / f'{name}.{f}' for f in args.figure_formats]
+
+
+def check_output(args: argparse.Namespace, *names: str, figures: list[str]) -> None:
+    """Before the work: figures can be drawn, and the results of an earlier call are not replaced."""
+    paths = [args.output / name for name in names]
+    drawn = [path for name in figures for path in figure_paths(args, name)]
+    if drawn:
+        from gmnet_timm.frequency.extras import require_matplotlib
+        require_matplotlib()
+    for path in [*paths, *drawn]:
+        if path.exists() and not getattr(args, 'force', True):  # commands that go on have no --force
+            raise TargetExistsError(path)
+
+
+def save_figures(args: argparse.Namespace, name: str, draw, force: bool = False) -> None:
+    """Draw a figure and write it in each format."""
+    from gmnet_timm.frequency.plots import save_figure
+
+    paths = figure_paths(args, name)
+    figure = draw() if paths else None
+    for path in paths:
+        save_figure(figure, path, force=force or args.force)
+        print(path)
+
+
+def labels_of(models) -> list[str]:
+    """Names of models for figures: of the architecture, and where two are the same, of the file too."""
+    names = [str(model.provenance.get('model', model.name)) for model in models]
+    labels = [
+        name if names.count(name) == 1 else f'{name} {Path(str(model.provenance.get("checkpoint", i))).parent.name}'
+        for i, (name, model) in enumerate(zip(names, models, strict=True))
+    ]
+    return labels if len(set(labels)) == len(labels) else [f'{label} ({i + 1})' for i, label in enumerate(labels)]
+
+
+def chance_level(num_classes: list[int | None]) -> float | None:
+    """Accuracy at chance in percent, None where models have different numbers of classes."""
+    only = set(num_classes)
+    return 100 / only.pop() if len(only) == 1 and all(only) else None  # type: ignore[operator]
+
+
+def band_loader(args: argparse.Namespace, model, machine):
+    """This process's images."""
+    from gmnet_timm.frequency.data import create_band_loader
+
+    return create_band_loader(
+        args.data_dir, model.data_config, dataset=args.dataset, split=args.split, class_map=args.class_map,
+        batch_size=args.batch_size, workers=args.workers, num_images=args.num_images, rank=machine.rank,
+        world_size=machine.world_size)
+
+
+def picture_loader(args: argparse.Namespace, model):
+    """The one picture of --image as a loader, None where there is none."""
+    import torch
+
+    from gmnet_timm.frequency.data import prepare_picture, read_picture
+
+    if args.image is None:
+        return None
+    config = model.data_config
+    return [(prepare_picture(read_picture(args.image, config['input_size'][0]), config), torch.zeros(1))]
+
+
+class Machine:
+    """The device and, under torchrun, this process's share of the data. Closes the process group at the end."""
+
+    def __init__(self, args: argparse.Namespace):
+        import torch
+        from timm.utils.distributed import init_distributed_device_so
+
+        from gmnet_timm.device import resolve_device
+        if args.batch_size < 1 or args.workers < 0:
+            raise UserError('--batch-size must be positive, --workers not negative.')
+        if args.num_images is not None and args.num_images < 1:
+            raise UserError(f'--num-images must be positive, got {args.num_images}.')
+        found = init_distributed_device_so(resolve_device(args.device))
+        self.device = torch.device(found['device'])
+        self.rank, self.world_size = found['global_rank'], found['world_size']
+        self.kwargs = dict(
+            device=self.device,
+            rank=self.rank,
+            world_size=self.world_size,
+            batch_size=args.batch_size,
+            workers=args.workers,
+        )
+
+    def __enter__(self) -> 'Machine':
+        return self
+
+    def __exit__(self, *_) -> None:
+        import torch
+        if self.world_size > 1:
+            torch.distributed.destroy_process_group()
+
+
+def load(spec: str, args: argparse.Namespace):
+    """Load a model, and print what had to be chosen or assumed."""
+    from gmnet_timm.weights.model import load_model
+
+    try:
+        loaded = load_model(spec, preprocessing=preprocessing(args), **description(args))
+    except UserError as e:
+        if not Path(spec).is_dir():
+            raise
+        raise UserError(f'{e} A folder of timm with config.json and weights is local-dir:FOLDER.') from e
+    print_notes(loaded.notes)
+    return loaded
+
+
+def names_of_classes(args: argparse.Namespace, subject) -> list[str]:
+    """Names of a model's classes: given, recorded with it, or ImageNet's for a head of its size; else none."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
+    from gmnet_timm.weights.class_names import read_class_names
+
+    if args.class_names:
+        return read_class_names(args.class_names, subject.model.num_classes)
+    if subject.class_names:
+        return subject.class_names
+    subset = infer_imagenet_subset(subject.model)
+    if subset is None:
+        return []
+    info = ImageNetInfo(subset)
+    return [info.index_to_description(i) for i in range(subject.model.num_classes)]

@@ -1,0 +1,103 @@
+"""The day when timm ships GmNets of its own: a copy of timm with such a module, and our commands beside it."""
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from conftest import create
+from publishing_helpers import TINY
+
+import gmnet_timm.gmnet
+
+
+@pytest.fixture(scope='module')
+def other_timm(tmp_path_factory):
+    """timm with a gmnet.py as in its pull request: down-samplings without a container, S2 with ratios 3, 3, 3, 2."""
+    root = tmp_path_factory.mktemp('other-timm')
+    shutil.copytree(Path(timm.__file__).parent, root / 'timm', ignore=shutil.ignore_patterns('__pycache__'))
+    code = Path(gmnet_timm.gmnet.__file__).read_text()
+    for old, new in (('nn.Sequential(nn.Sequential(downsample), *blocks)', 'nn.Sequential(downsample, *blocks)'),
+                     ('depths=(2, 2, 8, 3), mlp_ratios=(3, 3, 3, 3)', 'depths=(2, 2, 8, 3), mlp_ratios=(3, 3, 3, 2)'),
+                     ('        pretrained_filter_fn=checkpoint_filter_fn,\n', '')):
+        assert code.count(old) == 1
+        code = code.replace(old, new)
+    start, end = code.index('def checkpoint_filter_fn'), code.index('def _cfg')
+    (root / 'timm' / 'models' / 'gmnet.py').write_text(code[:start] + code[end:])
+    models = root / 'timm' / 'models' / '__init__.py'
+    models.write_text(models.read_text().replace('from .hardcorenas', 'from .gmnet import *\nfrom .hardcorenas', 1))
+    return root
+
+
+@pytest.fixture
+def run(other_timm, tmp_path):
+    """Python code or a command of ours in a process that has the other timm."""
+    def call(*args, code=None, status=0):
+        ours = 'import sys; from gmnet_timm.cli.main import main; sys.exit(main(sys.argv[1:]))'
+        command = [sys.executable, '-c', code or ours, *args]
+        source = str(Path(gmnet_timm.gmnet.__file__).parents[1])
+        env = {**os.environ, 'PYTHONPATH': f'{other_timm}:{source}', 'HF_HUB_OFFLINE': '1'}
+        result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
+        assert result.returncode == status, result.stderr
+        return result.stdout + result.stderr
+    return call
+
+
+LOGITS = '''
+import sys, timm, torch, warnings
+image = torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)
+'''
+
+
+def image():
+    return torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)
+
+
+@pytest.mark.slow
+def test_names_are_timms(run):
+    said = run(code=LOGITS + "m = timm.create_model('gmnet_s2'); print(type(m).__module__, *list(m.state_dict())[7:8])")
+    assert 'timm.models.gmnet stages.0.0.conv.weight' in said
+    assert said.count('timm ships gmnet_s1 itself') == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_files_of_both_schemes(run, tmp_path):
+    """The authors' files load into timm's models after `convert`, timm's own are GmNets, logits are the same."""
+    model = create('gmnet_s1', num_classes=3, **TINY)
+    expected = model(image())
+    torch.save(model.state_dict(), tmp_path / 'authors.pth')
+    kwargs = [f'{key}={value!r}' for key, value in TINY.items()]
+    assert 'gmnet_s1' in run('info', 'authors.pth')
+    run('convert', 'authors.pth', 'timm.safetensors')
+    assert 'stages.0.0.conv.weight' in safetensors.torch.load_file(tmp_path / 'timm.safetensors')
+    run(code=LOGITS + f"m = timm.create_model('gmnet_s1', num_classes=3, {', '.join(kwargs)}, "
+                      "checkpoint_path='timm.safetensors').eval()\n"
+                      "torch.save(m(image).detach(), 'logits.pt'); torch.save(m.state_dict(), 'own.pth')")
+    assert torch.equal(torch.load(tmp_path / 'logits.pt'), expected)
+    assert 'gmnet_s1' in run('info', 'own.pth')
+    run('convert', 'own.pth', 'back.safetensors', '--layout', 'authors')
+    back = safetensors.torch.load_file(tmp_path / 'back.safetensors')
+    assert all(torch.equal(back[name], value) for name, value in model.state_dict().items())
+    for source in ('authors.pth', 'own.pth'):
+        folder = source.removesuffix('.pth')
+        run('save', source, folder)
+        run(code=LOGITS + f"m = timm.create_model('local-dir:{folder}', pretrained=True).eval()\n"
+                          "torch.save(m(image).detach(), 'logits.pt')")
+        assert torch.equal(torch.load(tmp_path / 'logits.pt'), expected)
+
+
+@pytest.mark.slow
+def test_s2_goes_by_its_shapes(run, tmp_path):
+    """timm's S2 has two thirds of our last stage, and `info` says which one a file is."""
+    run(code=LOGITS + "torch.save(timm.create_model('gmnet_s2').state_dict(), 'theirs.pth')")
+    torch.save(create('gmnet_s2').state_dict(), tmp_path / 'ours.pth')
+    theirs, ours = run('info', 'theirs.pth'), run('info', 'ours.pth')
+    assert "create_model('gmnet_s2'" in theirs and 'mlp_ratios' not in theirs.splitlines()[0]
+    assert 'mlp_ratios' in ours
+    run('convert', 'ours.pth', 'ours.safetensors')
+    run('convert', 'theirs.pth', 'theirs.safetensors')
