@@ -77,6 +77,9 @@ def test_documents_and_ci_use_the_same_tag_of_timm():
 def test_lines_have_at_most_120_columns():
     """Tables may be wider, and so may what a program wrote: sections between markers, and ```text blocks."""
     generated = re.compile(r'^<!-- [^\n]*: .*?^<!-- \w+: end -->|^```text.*?^```', re.MULTILINE | re.DOTALL)
-    for document in DOCUMENTS:
-        lines = generated.sub('', document.read_text()).splitlines()
-        assert [line for line in lines if len(line) > 120 and not line.startswith('|')] == [], document
+    assert [
+        f'{document.relative_to(ROOT)}: {line}'
+        for document in DOCUMENTS
+        for line in generated.sub('', document.read_text()).splitlines()
+        if len(line) > 120 and not line.startswith('|')
+    ] == []
