@@ -7,6 +7,8 @@ import torch
 from conftest import randomize
 from torch.nn.functional import cross_entropy
 
+from gmnet_timm.weights.model import load_model
+
 LR = .05
 IMAGES = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 LABELS = torch.tensor([0, 1, 2, 1])
@@ -35,6 +37,12 @@ def check(model, before, expected):
     torch.testing.assert_close(dict(model.state_dict()), dict(expected), rtol=1e-3, atol=1e-4)
 
 
+def check_file(path, model):
+    """What the trainer saved is read as the model that it trained."""
+    found = load_model(str(path)).model
+    assert all(torch.equal(value, found.state_dict()[name]) for name, value in model.state_dict().items())
+
+
 def test_transformers(model, expected, tmp_path):
     from transformers import TimmWrapperConfig, TimmWrapperForImageClassification, Trainer, TrainingArguments
     wrapper = TimmWrapperForImageClassification(TimmWrapperConfig(architecture='gmnet_s1', num_labels=3))
@@ -43,11 +51,14 @@ def test_transformers(model, expected, tmp_path):
         str(tmp_path), optim='sgd', learning_rate=LR, lr_scheduler_type='constant', max_grad_norm=0, max_steps=2,
         per_device_train_batch_size=4, save_strategy='no', report_to='none', use_cpu=True, remove_unused_columns=False)
     dataset = [{'pixel_values': image, 'labels': label} for image, label in BATCH]
-    assert Trainer(wrapper, arguments, train_dataset=dataset).train().global_step == 2
+    trainer = Trainer(wrapper, arguments, train_dataset=dataset)
+    assert trainer.train().global_step == 2
     check(wrapper.timm_model, model.state_dict(), expected)
+    trainer.save_model(str(tmp_path / 'trained'))
+    check_file(tmp_path / 'trained', wrapper.timm_model)
 
 
-def test_lightning(model, expected):
+def test_lightning(model, expected, tmp_path):
     import lightning
 
     class Module(lightning.LightningModule):
@@ -66,9 +77,11 @@ def test_lightning(model, expected):
         max_epochs=2, accelerator='cpu', logger=False, enable_checkpointing=False, enable_progress_bar=False)
     trainer.fit(module, torch.utils.data.DataLoader(BATCH, 4))
     check(module.model, model.state_dict(), expected)
+    trainer.save_checkpoint(tmp_path / 'epoch=2-step=2.ckpt')
+    check_file(tmp_path / 'epoch=2-step=2.ckpt', module.model)
 
 
-def test_fastai(model, expected):
+def test_fastai(model, expected, tmp_path):
     from fastai.callback.progress import ProgressCallback
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner
@@ -79,6 +92,8 @@ def test_fastai(model, expected):
     learner.remove_cb(ProgressCallback)
     learner.fit(2, LR)
     check(learner.model, model.state_dict(), expected)
+    learner.save(tmp_path / 'trained')
+    check_file(tmp_path / 'trained.pth', learner.model)
 
 
 def test_fastai_takes_the_name():

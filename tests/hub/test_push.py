@@ -1,6 +1,5 @@
 """Publishing, with the real huggingface_hub against a server on loopback."""
 import argparse
-import csv
 import hashlib
 import importlib.util
 import json
@@ -15,11 +14,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-import yaml
 from hub_server import CUT, HANG, LOST, READ_TOKEN, TOKEN
 from huggingface_hub import ModelCard
 from PIL import Image
-from publishing_helpers import FILES, LABELS, TINY, python, refused, succeed, tiny_model
+from publishing_helpers import FILES, LABELS, TINY, make_run, python, refused, succeed, tiny_model
 from safetensors.torch import load_file, save_file
 from timm.utils import reparameterize_model
 
@@ -33,28 +31,6 @@ def logits(model, size=64, seed=1):
 
 
 # What is read
-
-
-def make_run(folder: Path, ema: bool = False, **args) -> Path:
-    """The output folder of a run of train.py, as that writes it."""
-    folder.mkdir()
-    args = {'model': 'gmnet_s1', 'epochs': 3, 'opt': 'adamw', 'lr': 0.003, 'img_size': 96, 'crop_pct': 0.9,
-            'mean': None, 'std': None, 'interpolation': '', 'data_dir': '/secret/place', 'model_ema': ema,
-            'num_classes': 3, 'model_kwargs': TINY, 'amp': False, 'amp_dtype': 'float16', 'lr_base': 0.1,
-            'aa': 'rand-m1', 'color_jitter': 0.0, **args}
-    (folder / 'args.yaml').write_text(yaml.safe_dump(args))
-    with (folder / 'summary.csv').open('w', newline='') as file:
-        writer = csv.DictWriter(file, ['epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr'])
-        writer.writeheader()
-        for epoch, top1 in enumerate((10.5, 40.25, 30.125)):
-            writer.writerow(dict(epoch=epoch, train_loss=1, eval_loss=1, eval_top1=top1, eval_top5=99, lr=0.1))
-    for name, epoch in (('model_best.pth.tar', 1), ('last.pth.tar', 2)):
-        state = {'epoch': epoch, 'arch': 'gmnet_s1', 'state_dict': tiny_model().state_dict(), 'optimizer': {}}
-        if ema:
-            state['state_dict_ema'] = {
-                k: v * 0.5 if v.is_floating_point() else v for k, v in tiny_model().state_dict().items()}
-        torch.save(state, folder / name)
-    return folder
 
 
 def test_run_folder(run, tmp_path, names):

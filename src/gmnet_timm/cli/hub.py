@@ -10,7 +10,7 @@ from gmnet_timm.cli.options import (
     preprocessing,
     print_notes,
 )
-from gmnet_timm.errors import UserError, printable
+from gmnet_timm.errors import UserError, listed, printable
 
 
 def add_commands(commands) -> None:
@@ -42,6 +42,8 @@ def _save(args: argparse.Namespace, folder: str, repo_id: str | None, force: boo
     saved = save_folder(_publication(args), folder, repo_id=repo_id, force=force, **_choices(args))
     print(f"{saved.path}: written. timm.create_model('local-dir:{saved.path}', pretrained=True) loads it.")
     print(_compared(saved.compared_with))
+    if saved.others:
+        print_notes([f'{saved.path} still has other weights: {listed(saved.others)}. Remove what is out of date.'])
 
 
 def _compared(original: str | None) -> str:
@@ -85,6 +87,10 @@ def _run_push(args: argparse.Namespace) -> None:
     if published.card_kept:
         print('README.md                kept as it was (--overwrite-card replaces it)')
     print(_compared(published.compared_with))
+    if published.others:
+        print_notes([
+            f'{published.repo_id} still has other weights: {listed(published.others)}. '
+            f'`hf repos delete-files {published.repo_id} FILE` removes what is out of date.'])
     print(f'{published.repo_id} at {published.commit}: published, read back and compared\n{published.url}')
 
 

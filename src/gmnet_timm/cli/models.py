@@ -1,6 +1,5 @@
 """`gmnet-timm info`, `predict` and `convert`."""
 import argparse
-from pathlib import Path
 
 from gmnet_timm.cli.options import SOURCES, add_description, add_preprocessing, description, print_notes, starting
 from gmnet_timm.errors import UserError, printable
@@ -28,12 +27,11 @@ def _run_info(args: argparse.Namespace) -> None:
     """Print sizes, multiply-adds, provenance and weights of a model, or what a file or folder holds."""
     from gmnet_timm.info import PAPER, format_model, format_source, format_table, model_info
     from gmnet_timm.weights.description import is_model_name, near_names
-    from gmnet_timm.weights.model import read_source
+    from gmnet_timm.weights.model import read_source, split_spec
 
     if args.model is None:
         print(format_table([model_info(name) for name in PAPER]))
-    elif args.model.startswith(('hf-hub:', 'hf_hub:')) or Path(args.model.partition('=')[2] or args.model.removeprefix(
-            'local-dir:')).exists():
+    elif args.model.startswith(('hf-hub:', 'hf_hub:')) or split_spec(args.model)[1].exists():
         source = read_source(args.model, **description(args))
         print('\n'.join(map(printable, format_source(source).splitlines())))
         print_notes(source.notes)

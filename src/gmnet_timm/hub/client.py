@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+
 from gmnet_timm.errors import UserError
 from gmnet_timm.weights.config import REQUEST_ERRORS
 
@@ -63,9 +65,14 @@ def explaining(what: str) -> Iterator[None]:
         answers = [(cause, response) for cause in causes if (response := getattr(cause, 'response', None)) is not None]
         cause, response = answers[0] if answers else (causes[-1], None)
         reason = ' '.join(str(cause).split('For more information')[0].split()).rstrip('.')
-        advice = 'Check your connection.'
         if response is not None:
             advice = _ADVICE.get(response.status_code, 'The server has a problem.')
+        elif isinstance(cause, HFValidationError):
+            advice = 'Names are owner/name, of letters, digits, -, _ and .'
+        elif isinstance(cause, LocalTokenNotFoundError):
+            advice = _ADVICE[401]
+        else:
+            advice = 'Check your connection.'
         raise UserError(f'{what}. {type(cause).__name__}: {reason}. {advice}') from e
 
 

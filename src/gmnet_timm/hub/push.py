@@ -13,7 +13,7 @@ from gmnet_timm.errors import UserError
 from gmnet_timm.hub.client import explaining, file_sha256, within
 from gmnet_timm.hub.onnx import ONNX_NAME
 from gmnet_timm.hub.publication import Publication
-from gmnet_timm.hub.save import save_folder
+from gmnet_timm.hub.save import other_weights, save_folder
 from gmnet_timm.weights.config import CARD_NAME
 
 __all__ = ['Published', 'push']
@@ -32,6 +32,7 @@ class Published:
     sha256: dict[str, str]  # by file name
     card_kept: bool  # whether a card that was there before is still there
     compared_with: str | None  # what the files compute the same logits as, None where there is nothing to compare
+    others: tuple[str, ...]  # weights that were there before, and still are
 
 
 def push(
@@ -107,7 +108,9 @@ def push(
             ))
         sha256 = {name: file_sha256(saved.path / name) for name in names}
         _read_back(api, repo_id, commit, sha256, upload_timeout)
-    return Published(repo_id, commit.oid, commit.pr_url or commit.commit_url, sha256, keep_card, saved.compared_with)
+    return Published(
+        repo_id, commit.oid, commit.pr_url or commit.commit_url, sha256, keep_card, saved.compared_with,
+        other_weights(present, saved.files))
 
 
 def _info(api: HfApi, repo_id: str, revision: str | None) -> ModelInfo:

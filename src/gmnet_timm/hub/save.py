@@ -1,7 +1,7 @@
 """A folder that timm and transformers load: weights, configuration and card, compared with its source."""
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,10 @@ from gmnet_timm.weights.files import weights_sha256
 from gmnet_timm.weights.layouts import named_as
 from gmnet_timm.weights.model import Source
 
-__all__ = ['SavedFolder', 'save_folder']
+__all__ = ['SavedFolder', 'other_weights', 'save_folder']
+
+_WEIGHTS_SUFFIXES = ('.safetensors', '.bin', '.pth', '.pth.tar', '.pt', '.ckpt', '.npz', '.npy', '.onnx', '.onnx_data',
+                     '.data', '.h5', '.msgpack', '.tflite', '.torchscript')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +40,13 @@ class SavedFolder:
         path: The folder.
         compared_with: What computes the same logits, None where the source does not say which model it holds.
         files: Names of what was written.
+        others: Names of weights that the folder had before, and still has.
     """
 
     path: Path
     compared_with: str | None
     files: tuple[str, ...]
+    others: tuple[str, ...]
 
 
 def save_folder(
@@ -91,7 +96,13 @@ def save_folder(
         _write_files(publication, model, temporary, None if keep_card else card, license, onnx)
         compared_with = _compare(publication.source, model, temporary, stated_preprocessing)
         files = tuple(str(path.relative_to(temporary)) for path in sorted(temporary.rglob('*')) if path.is_file())
-    return SavedFolder(folder, compared_with, files)
+    there = [path.relative_to(folder).as_posix() for path in folder.rglob('*') if path.is_file()]
+    return SavedFolder(folder, compared_with, files, other_weights(there, files))
+
+
+def other_weights(names: Iterable[str], written: Sequence[str]) -> tuple[str, ...]:
+    """Of the files of a folder or repository, the weights that are not among those just written."""
+    return tuple(name for name in sorted({*names} - {*written}) if name.endswith(_WEIGHTS_SUFFIXES))
 
 
 def _write_files(

@@ -49,7 +49,7 @@ from gmnet_timm.weights.layouts import LayoutError, named_as, to_authors
 from gmnet_timm.weights.preprocessing import RUN_KEYS, resolve_preprocessing
 from gmnet_timm.weights.runs import ARGS_NAME, read_args, train_args
 
-__all__ = ['LoadedModel', 'Source', 'load_model', 'read_source']
+__all__ = ['LoadedModel', 'Source', 'load_model', 'read_source', 'split_spec']
 
 _RUN_CHECKPOINTS = ('model_best.pth.tar', 'last.pth.tar')
 
@@ -146,7 +146,7 @@ def read_source(
         UserError: Something is missing, contradicts the tensors, or cannot be carried over; the message says what.
     """
     is_remote = str(spec).startswith(('hf-hub:', 'hf_hub:'))
-    name, path = (None, _download(str(spec))) if is_remote else _split_spec(spec)
+    name, path = (None, _download(str(spec))) if is_remote else split_spec(spec)
     folder = path if path.is_dir() else None
     weights = read_checkpoint(_find_weights(path, checkpoint), use_ema=use_ema)
     try:
@@ -249,7 +249,7 @@ def _timm_name(spec: str) -> str | None:
 
     timm itself loads folders of other models: it resizes position embeddings, renames tensors, and takes other formats.
     """
-    _, path = _split_spec(spec)
+    _, path = split_spec(spec)
     if path.is_dir() and (path / CONFIG_NAME).is_file():
         ours = any((path / name).is_file() for name in WEIGHTS_NAMES) and describe_config(read_config(path)).is_gmnet
         return None if ours else f'local-dir:{path}'
@@ -288,7 +288,8 @@ def _input_args(name: str, preprocessing: dict[str, Any] | None) -> dict[str, An
     return {'img_size': size} if size and cfg is not None and cfg.fixed_input_size else {}
 
 
-def _split_spec(spec: str | Path) -> tuple[str | None, Path]:
+def split_spec(spec: str | Path) -> tuple[str | None, Path]:
+    """The name and the path of `NAME=FILE`, `local-dir:FOLDER` or a path, whose own name may have a `=` in it."""
     text = str(spec)
     if text.startswith('local-dir:'):
         return None, Path(text.removeprefix('local-dir:'))
