@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -251,6 +252,25 @@ def test_finetune_keeps_the_network_that_the_weights_were_trained_in(capsys, tmp
     assert 'holds a gmnet_s1, not a gmnet_s3' in capsys.readouterr().err
     assert main([*argv[:-1], 'nowhere.pth']) == 1
     assert 'No checkpoint at nowhere.pth' in capsys.readouterr().err
+
+
+def test_finetune_starts_from_what_train_py_can_read(capsys, tmp_path, monkeypatch):
+    """timm would load other names without strictness, which leaves random weights, or not know the format."""
+    monkeypatch.chdir(tmp_path)
+    weights = timm.create_model('gmnet_s1').state_dict()
+    torch.save({'module.' + key: value for key, value in weights.items()}, 'ddp.pth')
+    torch.save({'state_dict': {'model.' + key: value for key, value in weights.items()}}, 'lightning.ckpt')
+    np.savez('a.npz', **{key: value.numpy() for key, value in weights.items()})
+    argv = ['recipe', 'gmnet_s1', '--recipe', 'finetune', '--num-classes', '3', '--pretrained-path']
+    assert main([*argv, 'ddp.pth']) == 0
+    for name in ('lightning.ckpt', 'a.npz'):
+        assert main([*argv, name]) == 1
+        assert f'`gmnet-timm convert {name} weights.safetensors`' in capsys.readouterr().err
+        assert main(['convert', name, 'weights.safetensors', '--force']) == 0
+        assert main([*argv, 'weights.safetensors']) == 0
+    model = timm.create_model(  # as train.py does
+        'gmnet_s1', pretrained=True, num_classes=3, pretrained_cfg_overlay=dict(file='weights.safetensors'))
+    assert torch.equal(model.state_dict()['stem.0.conv.weight'], weights['stem.0.conv.weight'])
 
 
 def test_recipes_are_read_without_torch_and_timm():

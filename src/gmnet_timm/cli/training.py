@@ -101,7 +101,10 @@ def _recipe_values(args: argparse.Namespace) -> dict[str, Any]:
 
 def _network_of(model: str, path: str) -> dict[str, Any]:
     """Arguments of train.py, besides the name, for the network that weights were trained in."""
+    import timm
+
     from gmnet_timm.cli.options import print_notes
+    from gmnet_timm.weights.layouts import named_as
     from gmnet_timm.weights.model import read_source
 
     source = read_source(path)
@@ -110,6 +113,16 @@ def _network_of(model: str, path: str) -> dict[str, Any]:
     if description.size != model:
         raise UserError(f'{path} holds a {description.size}, not a {model}.')
     args = dict(description.distinct_args)
+    try:  # without strictness, as the head is another one: a file with other names would leave random weights
+        model_args, overlay = {**description.full_args, 'num_classes': 0}, dict(file=path)
+        started = timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay, **model_args)
+        expected = named_as(source.state_dict, started)
+        loaded = all(bool((value == expected[key]).all()) for key, value in started.state_dict().items())
+    except (KeyError, OSError, RuntimeError, TypeError, ValueError):
+        loaded = False
+    if not loaded:
+        raise UserError(f'train.py cannot start from {path} as it is. `gmnet-timm convert {path} weights.safetensors` '
+                        'writes a file that it can: give that.')
     args.pop('in_chans', None)  # train.py adapts the weights to the channels of the images
     return dict(gp=args.pop('global_pool', None), model_kwargs=args or None)
 
