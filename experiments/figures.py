@@ -7,7 +7,7 @@ import torch
 
 from experiments.comparisons import mean_interval
 from experiments.learn.tasks import IDEAL
-from experiments.theory.predictions import MapPrediction
+from experiments.theory.predictions import MapPrediction, high_low
 from experiments.variants import Variant
 from gmnet_timm.frequency.plots import LINES, new_figure, with_legend
 
@@ -24,11 +24,11 @@ def draw_theory(maps: Sequence[MapPrediction]) -> Any:
     for i, name in enumerate(dict.fromkeys(prediction.function for prediction in maps)):
         style, label = {'markersize': 4, **LINES[i % len(LINES)]}, Variant(name).label
         found = sorted((p for p in maps if p.function == name), key=lambda p: p.scale)
-        axes[0][0].semilogx([p.scale for p in found], [p.output.high_low_ratio for p in found], label=label, **style)
+        axes[0][0].semilogx([p.scale for p in found], [high_low(p.output) for p in found], label=label, **style)
         after = next(p.output for p in found if p.scale == near)
         share, input_share = (x.power[0, bins] / x.power[0, 1:].sum() for x in (after, before))
         axes[0][1].plot(range(1, len(share) + 1), share / input_share, markevery=(i, 7), **style)
-    axes[0][0].axhline(before.high_low_ratio, color='gray', linewidth=.8)
+    axes[0][0].axhline(high_low(before), color='gray', linewidth=.8)
     axes[0][0].set_ylim(bottom=0)
     axes[0][0].set_title('energy beyond half of Nyquist over the rest', fontsize=10)
     axes[0][0].set_xlabel('standard deviation of the map; grey: ratio of the map')

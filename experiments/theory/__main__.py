@@ -92,7 +92,7 @@ def _theory_of_model(args: argparse.Namespace, functions: list[str]) -> None:
 
 def _theory_of_maps(args: argparse.Namespace, functions: list[str]) -> int:
     from experiments.figures import draw_theory
-    from experiments.theory.predictions import compare_harmonics, map_row, predict_maps
+    from experiments.theory.predictions import compare_harmonics, high_low, map_row, predict_maps
     from gmnet_timm.frequency.reports import write_csv
 
     if not (1e-3 <= args.amplitude <= 1e3 and 3 <= args.harmonics <= 1000):
@@ -103,12 +103,12 @@ def _theory_of_maps(args: argparse.Namespace, functions: list[str]) -> int:
     maps = predict_maps(functions, args.scales, exponent=args.exponent)
     rows = [map_row(prediction) for prediction in maps]
     write_csv(rows, args.output / 'theory.csv')
-    print(f'High over low energy of f(x), x a Gaussian map with {maps[0].input.high_low_ratio:.3f}, by std of x\n')
+    print(f'High over low energy of f(x), x a Gaussian map with {high_low(maps[0].input):.3f}, by std of x\n')
     print(f'{"std":<8}{"beyond 6":>10}' + ''.join(f'{name:>12}' for name in functions))
     for scale in args.scales:
         found = [prediction for prediction in maps if prediction.scale == scale]
         print(f'{scale:<8g}{100 * found[0].beyond_6:>8.3g} %'
-              + ''.join(f'{prediction.output.high_low_ratio:>12.3f}' for prediction in found))
+              + ''.join(f'{high_low(prediction.output):>12.3f}' for prediction in found))
     compared = compare_harmonics(args.amplitude, args.harmonics)
     print(f'\nAmplitudes of the harmonics of act(x) * x, x = {args.amplitude:g} sin t: measured (closed form)\n')
     print('n   ' + ''.join(f'{harmonics.activation:>26}' for harmonics in compared))

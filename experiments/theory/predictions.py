@@ -33,10 +33,11 @@ from experiments.variants import Variant
 from gmnet_timm.errors import UserError
 from gmnet_timm.frequency.gaussian import power_law, predict_pointwise
 from gmnet_timm.frequency.signals import LayerSpectrum, Signal
+from gmnet_timm.frequency.split import bin_power
 
 __all__ = [
     'ACTIVATIONS', 'FUNCTIONS', 'Harmonics', 'MapPrediction', 'closed_form_harmonics', 'compare_harmonics',
-    'decay_rate', 'energy_share', 'gate_rows', 'map_row', 'measured_harmonics', 'pointwise', 'predict_maps',
+    'decay_rate', 'energy_share', 'gate_rows', 'high_low', 'map_row', 'measured_harmonics', 'pointwise', 'predict_maps',
     'scale_where',
 ]
 
@@ -92,7 +93,7 @@ def map_row(prediction: MapPrediction) -> dict[str, Any]:
     """A prediction as a row for a CSV."""
     return dict(
         function=prediction.function, std=prediction.scale, beyond_6=prediction.beyond_6,
-        input_high_low=prediction.input.high_low_ratio, output_high_low=prediction.output.high_low_ratio)
+        input_high_low=high_low(prediction.input), output_high_low=high_low(prediction.output))
 
 
 def scale_where(first: str, second: str, ratio: float, size: int = 64, exponent: float = 1.) -> float:
@@ -101,7 +102,7 @@ def scale_where(first: str, second: str, ratio: float, size: int = 64, exponent:
     Searched for from 0.1 to 1,000: the smallest such scale on a grid of 6 per decade, refined.
     """
     def difference(log_scale: float) -> float:
-        a, b = (p.output.high_low_ratio for p in predict_maps((first, second), [10 ** log_scale], size, exponent))
+        a, b = (high_low(p.output) for p in predict_maps((first, second), [10 ** log_scale], size, exponent))
         return a / b - ratio
 
     grid = [i / 6 - 1 for i in range(25)]
@@ -132,14 +133,14 @@ def gate_rows(layers: Sequence[LayerSpectrum], functions: Sequence[str] = FUNCTI
     for layer in layers:
         statistics = layer.statistics
         value = layer.signals.get('value')
-        if statistics is None or value is None or math.isnan(value.high_low_ratio):
+        if statistics is None or value is None or math.isnan(high_low(value)):
             continue
         product = layer.signals['product']
-        gain = mean_interval([math.log(b / a) for a, b in zip(value.high_low_ratios, product.high_low_ratios)])
+        gain = mean_interval([math.log(b / a) for a, b in zip(_each_high_low(value), _each_high_low(product))])
         row: dict[str, Any] = dict(
             layer=layer.name, size='x'.join(map(str, product.size)), images=len(product.power),
             pre_gate_std=statistics.pre_gate_std, clipped_high=statistics.clipped_high,
-            value_high_low=value.high_low_ratio, product_high_low=product.high_low_ratio,
+            value_high_low=high_low(value), product_high_low=high_low(product),
             **{key: math.exp(x) for key, x in zip(('gain', 'gain_low', 'gain_high'), gain)},
             theory=statistics.theory, predicted_high_low=_ratio(statistics.predicted, product))
         for name in functions:
@@ -285,13 +286,31 @@ def decay_rate(activation: str, amplitude: float, gate: bool = True, first: int 
     return math.log(lower / upper) / math.log(last / first)
 
 
+def high_low(signal: Signal) -> float:
+    """Energy beyond half of the Nyquist radius over the rest, without the mean; NaN where one has no bins.
+
+    It depends on the size of the map: compare maps of one size only.
+    """
+    return _ratio_of_bins(signal.power.mean(0), signal.size)
+
+
+def _each_high_low(signal: Signal) -> list[float]:
+    return [_ratio_of_bins(power, signal.size) for power in signal.power]
+
+
+def _ratio_of_bins(power: torch.Tensor, size: tuple[int, int]) -> float:
+    cutoff = max(1, min(size) // 4)
+    low, high = power[1:cutoff + 1].sum().item(), power[cutoff + 1:].sum().item()
+    return high / low if low and cutoff + 1 < len(power) else math.nan
+
+
 def _signal(power: torch.Tensor, size: int) -> Signal:
-    return Signal('NCHW', (size, size), power[None])
+    return Signal('NCHW', (size, size), bin_power(power, size, size)[None], power)
 
 
 def _ratio(power: torch.Tensor | None, like: Signal) -> float:
     """High/low of a predicted spectrum for maps of the size of a measured one."""
-    return math.nan if power is None else dataclasses.replace(like, power=power[None]).high_low_ratio
+    return math.nan if power is None else _ratio_of_bins(bin_power(power, *like.size), like.size)
 
 
 def _clipped_coefficient(n: int, amplitude: float, limit: float) -> float:

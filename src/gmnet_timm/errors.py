@@ -1,5 +1,6 @@
 """Errors that tell users what to fix."""
 import reprlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def shown(value: Any, most: int = 100) -> str:
     return text if len(text) <= most else f'{text[:most - 1]}…'
 
 
-def listed(keys: list[str], most: int = 5) -> str:
+def listed(keys: Sequence[str], most: int = 5) -> str:
     """The first keys of a list for a message, and how many more there are."""
     more = f' and {len(keys) - most} more' if len(keys) > most else ''
     return ', '.join(keys[:most]) + more

@@ -102,7 +102,7 @@ def test_share_of_high_harmonics(amplitude, activation, gate, third, fifth):
 
 
 def _high_low(name, scale):
-    return theory.predict_maps([name], [scale])[0].output.high_low_ratio
+    return theory.high_low(theory.predict_maps([name], [scale])[0].output)
 
 
 def test_limits_of_gates_at_small_and_large_scales():

@@ -246,7 +246,7 @@ def test_layers_and_files_to_keep(browser, served, folder, tmp_path):
     tabs['Inside'].click()
     _wait(lambda: _count(browser, '#layer-maps img'))
     assert '(gate)' in browser.find_element(By.CSS_SELECTOR, '#layer input').get_attribute('value')
-    assert 'product, high/low' in _text(browser, '#inside-message')
+    assert 'product, high' in _text(browser, '#inside-message')
 
 
 def test_a_number_out_of_range_is_corrected(browser, served, folder):

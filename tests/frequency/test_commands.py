@@ -91,7 +91,7 @@ def test_eval_draws_accuracy_by_radius(folder, tmp_path):
 
 
 @pytest.mark.parametrize('spec, message', [
-    ('r18.pth', 'NAME=FILE'), ('vit_tinny_patch16_224', 'vit_tiny_patch16_224'), ('data', 'local-dir:')])
+    ('r18.pth', 'NAME=FILE'), ('vit_tinny_patch16_224', 'vit_tiny_patch16_224'), ('data', 'neither a model nor a run')])
 def test_errors_that_help(folder, tmp_path, monkeypatch, capsys, spec, message):
     monkeypatch.chdir(folder)
     torch.save(timm.create_model('test_resnet').state_dict(), folder / 'r18.pth')
@@ -121,7 +121,8 @@ def _layer(name, size=(16, 16), other=None):
     signals = {}
     for side, s in (('input', size), ('output', other or size)):
         from gmnet_timm.frequency import num_radial_bins
-        signals[side] = Signal('NCHW', s, torch.rand(3, num_radial_bins(*s), dtype=torch.float64) + .1)
+        power = torch.rand(3, num_radial_bins(*s), dtype=torch.float64) + .1
+        signals[side] = Signal('NCHW', s, power, torch.ones(s[0], s[1] // 2 + 1, dtype=torch.float64))
     return LayerSpectrum(name, 'module', signals)
 
 
@@ -182,7 +183,7 @@ def test_plotting_functions_take_and_return_an_axes():
 
 
 def test_power_per_mode_is_drawn():
-    signal = Signal('NCHW', (16, 16), torch.ones(1, 12, dtype=torch.float64))
+    signal = Signal('NCHW', (16, 16), torch.ones(1, 12, dtype=torch.float64), torch.ones(16, 9))
     axis = plots.plot_spectrum(LayerSpectrum('x', 'module', {'output': signal}))
     drawn = axis.lines[0].get_ydata()
     np.testing.assert_allclose(drawn, (signal.per_mode[1:] / 11).numpy())

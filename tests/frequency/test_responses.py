@@ -26,10 +26,17 @@ from gmnet_timm.frequency.heatmap import HeatmapPoint
 def test_log_amplitude_equals_numpys_shifted_fft():
     maps = torch.randn(3, 4, 16, 16, dtype=torch.float64) + 2
     log = np.log(np.abs(np.fft.fftshift(np.fft.fft2(maps.numpy()), axes=(-2, -1))) + 1e-6).mean((0, 1))
-    diagonal = [log[8 - i, 8 - i] for i in range(9)]  # from the centre to a corner
+    diagonal = np.diag(log)[8:]  # as the code of Park & Kim
     got = relative_log_amplitude(maps)
-    assert got.shape == (3, 9)
-    np.testing.assert_allclose(got.mean(0), np.array(diagonal) - diagonal[0], rtol=1e-9)
+    assert got.shape == (3, 8)
+    np.testing.assert_allclose(got.mean(0)[1:], (diagonal - diagonal[0])[1:] - math.log(2) / 2, rtol=1e-9)
+
+
+@pytest.mark.parametrize('size', [(3, 3), (4, 4), (7, 7), (8, 8), (14, 14), (56, 56), (7, 12), (64, 9)])
+def test_white_noise_has_no_relative_log_amplitude(size):
+    noise = torch.randn(4000, 8, *size, generator=torch.Generator().manual_seed(1))
+    curve = relative_log_amplitude(noise).mean(0)
+    assert len(curve) == math.ceil(min(size) / 2) and curve.abs().max() < .03
 
 
 def test_a_known_filter_adds_its_log_gain():
@@ -39,7 +46,7 @@ def test_a_known_filter_adds_its_log_gain():
     model = nn.Sequential(nn.Identity(), blur)
     images = torch.rand(4, 1, 32, 32)
     plain, blurred = log_amplitudes(model, [(images[:2], None), (images[2:], None)], ['0', '1'])
-    w = 2 * math.pi * torch.arange(17.) / 32
+    w = 2 * math.pi * torch.arange(16.) / 32
     gain = ((1 + 2 * torch.cos(w)) ** 2 / 9).double()
     usable = gain > 1e-3
     torch.testing.assert_close((blurred.curve - plain.curve)[usable], gain.log()[usable], rtol=1e-2, atol=1e-3)

@@ -12,6 +12,7 @@ from torch import nn
 from gmnet_timm.cli.main import main
 from gmnet_timm.errors import UserError
 from gmnet_timm.frequency import LayerSpectrum, Signal, layer_spectra, list_layers, radial_power_spectrum
+from gmnet_timm.frequency.split import bin_power, power_spectrum
 
 
 def _tiny_gmnet(**kwargs):
@@ -147,10 +148,10 @@ def test_prediction_beside_the_measurement(function, ratio):
     """Gaussian maps with a 1/f amplitude spectrum: spec of the theory, and what is measured on the same maps."""
     images = _one_over_f(200, 64, 1.4)
     layer = _statistics(function, images)
-    product, predicted = layer.signals['product'], layer.statistics.predicted
+    product, predicted = layer.signals['product'], bin_power(layer.statistics.predicted, 64, 64)
     measured = product.power.mean(0)
-    assert layer.signals['value'].cutoff == 16
-    assert product.high_low_ratio == pytest.approx(ratio, rel=.05)
+    assert (measured[17:].sum() / measured[1:17].sum()).item() == pytest.approx(ratio, rel=.05)
+    assert product.high == pytest.approx(layer.predicted_high, rel=.05)
     assert (predicted[17:].sum() / predicted[1:17].sum()).item() == pytest.approx(ratio, rel=.05)
     assert ((predicted - measured) / measured)[4:33].abs().max() < .15
 
@@ -204,7 +205,7 @@ def test_some_channels():
     _assert_power(layer.signals['product'], h.clamp(0, 6) * h)
     assert layer.statistics.pre_gate_std == pytest.approx(h.std().item(), rel=1e-3)
     assert (module.after.channels, module.after.all_channels) == (3, 16)
-    assert layer_spectra(model, batches, ['stages.1.0'], channels=16)[0].after.ratio_error == 0
+    assert layer_spectra(model, batches, ['stages.1.0'], channels=16)[0].after.high_error == 0
     with pytest.raises(UserError, match='channels'):
         layer_spectra(model, batches, channels=0)
 
@@ -226,7 +227,7 @@ def test_parts_of_a_batch_give_what_the_whole_gives(monkeypatch, kinds, images_p
     for one, other in zip(whole, parts, strict=True):
         for key, signal in one.signals.items():
             torch.testing.assert_close(other.signals[key].power, signal.power, rtol=1e-5, atol=1e-12)
-            assert other.signals[key].ratio_error == pytest.approx(signal.ratio_error, rel=1e-4, nan_ok=True)
+            assert other.signals[key].high_error == pytest.approx(signal.high_error, rel=1e-4, nan_ok=True)
         for key in ('pre_gate_std', 'clipped_low', 'clipped_high', 'gain', 'aliased'):
             if one.statistics is not None:
                 assert getattr(other.statistics, key) == pytest.approx(
@@ -247,12 +248,12 @@ def test_the_error_of_looking_at_some_channels():
     for _ in range(25):
         shuffled = images[:, torch.randperm(400)]
         some = layer_spectra(model, [(shuffled, None)], ['0'], channels=16)[0].after
-        ratios.append(some.high_low_ratio)
-        errors.append(some.ratio_error)
-    assert exact.ratio_error == 0
+        ratios.append(some.high)
+        errors.append(some.high_error)
+    assert exact.high_error == 0
     assert np.mean(errors) == pytest.approx(np.std(ratios), rel=.35)
-    assert abs(np.mean(ratios) - exact.high_low_ratio) < 3 * np.mean(errors) / 5
-    assert np.mean(errors) > .02 * exact.high_low_ratio
+    assert abs(np.mean(ratios) - exact.high) < 3 * np.mean(errors) / 5
+    assert np.mean(errors) > .02 * exact.high
 
 
 # --- layouts ---------------------------------------------------------------------------------------------------------
@@ -336,16 +337,21 @@ def test_gain_and_ratio_of_a_known_filter():
     expected = (1 + 2 * torch.cos(2 * math.pi * torch.arange(17.) / 32)).square() / 9
     torch.testing.assert_close(gain[:17].float(), expected, rtol=1e-3, atol=1e-6)
     assert ((high - low)[:17] <= 1e-3 * gain[:17] + 1e-6).all()  # all images have the same gain
-    after = layer.after.power.mean(0)
-    assert layer.after.cutoff == 8
-    assert layer.after.high_low_ratio == pytest.approx((after[9:].sum() / after[1:9].sum()).item())
-    assert layer.after.high_low_ratio < layer.before.high_low_ratio
+    after = layer.after.power.mean(0)  # of waves along the rows only: a bin is a frequency
+    shares = after[9:].sum() / after[1:].sum(), sum((v ** 2 + u ** 2) ** .5 > .25 for v, u in _frequencies(32, 32))
+    assert layer.after.high == pytest.approx((shares[0] / (shares[1] / (32 * 32 - 1))).item())
+    assert layer.after.high < layer.before.high
+
+
+def _frequencies(height, width):
+    return [(v, u) for v in np.fft.fftfreq(height) for u in np.fft.fftfreq(width)]
 
 
 def test_interval_is_of_the_mean_logarithm():
     from scipy.stats import norm
     before, after = torch.rand(6, 4, dtype=torch.float64) + .1, torch.rand(6, 4, dtype=torch.float64) + .1
-    signals = dict(input=Signal('NCHW', (4, 4), before), output=Signal('NCHW', (4, 4), after))
+    flat = torch.ones(4, 3)
+    signals = dict(input=Signal('NCHW', (4, 4), before, flat), output=Signal('NCHW', (4, 4), after, flat))
     _, low, high = LayerSpectrum('x', 'module', signals).gain()
     logs = np.log((after / before).numpy())
     expected = norm.interval(.95, logs.mean(0), logs.std(0, ddof=1) / math.sqrt(6))
@@ -354,7 +360,8 @@ def test_interval_is_of_the_mean_logarithm():
 
 
 def test_power_per_mode_of_white_noise_is_flat():
-    signal = Signal('NCHW', (32, 24), radial_power_spectrum(torch.randn(2000, 32, 24, dtype=torch.float64)))
+    maps = torch.randn(2000, 32, 24, dtype=torch.float64)
+    signal = Signal('NCHW', (32, 24), radial_power_spectrum(maps), power_spectrum(maps).mean(0))
     assert (signal.per_mode[1:] * 32 * 24 - 1).abs().max() < .15
     assert signal.power.mean(0)[19] < .5 * signal.power.mean(0)[11]  # sums fall towards the corner
 
@@ -442,15 +449,17 @@ def test_blocks_of_a_model_without_gates():
 
 
 @pytest.mark.parametrize('name, blocks', [
-    ('gmnet_s1', ['stem.0', 'stages.0.0.0', 'stages.0.1', 'stages.0.2', 'stages.1.0.0']),
-    ('starnet_s1', ['stem.0', 'stages.0.0', 'stages.0.1', 'stages.0.2', 'stages.1.0']),
+    ('gmnet_s1', ['stages.0.0', 'stages.0.1', 'stages.0.2', 'stages.1.0', 'stages.1.1']),
+    ('starnet_s1', ['stages.0.0', 'stages.0.1', 'stages.0.2', 'stages.1.0', 'stages.1.1']),
     ('efficientnet_b0', ['blocks.0.0', 'blocks.1.0', 'blocks.1.1', 'blocks.2.0', 'blocks.2.1']),
 ])
 def test_parts_of_blocks_are_not_blocks(name, blocks):
     """f1, dwconv2 and bn1 end with a digit too, and have parts."""
-    from gmnet_timm.frequency import find_blocks
+    from gmnet_timm.frequency.spectra import find_blocks
     from gmnet_timm.frequency.tracing import trace
-    assert find_blocks(trace(timm.create_model(name).eval(), torch.randn(2, 3, 64, 64)))[:5] == blocks
+    model = timm.create_model(name).eval()
+    found, others = find_blocks(model, trace(model, torch.randn(2, 3, 64, 64)))
+    assert found[:5] == blocks and not others
 
 
 def test_what_can_be_looked_at():
@@ -556,7 +565,7 @@ def test_cli_layers(tmp_path, capsys):
     capsys.readouterr()
     assert main([*argv, '--img-size', '32', '--force', '--no-figure']) == 0
     printed = capsys.readouterr().out
-    assert 'product 2x2 high/low undefined' in printed and 'undefined: a map this small' in printed
+    assert 'product  2x2  high undefined' in printed and 'undefined: ' in printed
     assert 'nan' not in printed
 
 
@@ -569,7 +578,7 @@ def test_a_gate_without_energy_is_called_undefined():
 
     layer, = layer_spectra(nn.Sequential(Gate()), _batches(3, side=16))
     line = _describe_layer(layer)
-    assert 'product 16x16 high/low undefined' in line and 'aliased undefined' in line and 'nan' not in line
+    assert 'product  16x16  high undefined' in line and 'aliased undefined' in line and 'nan' not in line
 
 
 @pytest.mark.slow

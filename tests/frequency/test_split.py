@@ -6,6 +6,7 @@ import torch
 
 from gmnet_timm.errors import UserError
 from gmnet_timm.frequency import frequency_bands, num_radial_bins, radial_power_spectrum, split_frequencies
+from gmnet_timm.frequency.split import high_frequency_energy, power_spectrum, spectral_centroid, spectral_slope
 
 SIZES = [(8, 8), (9, 9), (16, 12), (7, 10), (10, 7), (64, 64), (1, 6)]
 
@@ -222,3 +223,40 @@ def test_modes_per_bin_equal_numpys_histogram(size):
     from gmnet_timm.frequency import modes_per_bin
     radius = np.hypot(*np.meshgrid(*(np.fft.fftfreq(n) * n for n in size), indexing='ij'))
     assert modes_per_bin(*size).tolist() == np.bincount(np.floor(radius + .5).astype(int).ravel()).tolist()
+
+
+# Summaries of a spectrum
+
+
+@pytest.mark.parametrize('size', [(4, 4), (7, 7), (8, 8), (56, 56), (5, 32), (32, 5), (7, 12), (224, 224)])
+def test_summaries_of_white_noise_and_of_power_laws(size):
+    """White noise gives 1, 1 and 0 at every size and shape; a power law its exponent, and numbers by brute force."""
+    height, width = size
+    count = max(50, 400_000 // (height * width))
+    noise = torch.randn(count, *size, generator=torch.Generator().manual_seed(0))
+    power = power_spectrum(noise).double().mean(0)
+    assert high_frequency_energy(power, width).item() == pytest.approx(1, abs=.02)
+    assert spectral_centroid(power, width).item() == pytest.approx(1, abs=.02)
+    assert spectral_slope(power, width) == pytest.approx(0, abs=.05)
+    full = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.fftfreq(width))  # cycles per pixel
+    law = np.where(full > 0, np.maximum(full, 1e-9) ** -1.7, 5.)
+    half = torch.from_numpy(law[:, :width // 2 + 1].copy())
+    assert spectral_slope(half, width) == pytest.approx(-1.7, abs=1e-6)
+    law[0, 0] = 0
+    high, modes = full > .25, full > 0
+    assert high_frequency_energy(half, width).item() == pytest.approx(
+        law[high].sum() / law.sum() / (high.sum() / modes.sum()))
+    assert spectral_centroid(half, width).item() == pytest.approx((law * full).sum() / law.sum() / full[modes].mean())
+
+
+@pytest.mark.parametrize('size, undefined', [
+    ((1, 1), 'high centroid slope'), ((2, 2), 'high'), ((3, 3), 'high'), ((1, 2), 'high centroid slope'),
+    ((1, 4), ''), ((4, 4), '')])
+def test_summaries_of_tiny_maps(size, undefined):
+    power = power_spectrum(torch.randn(9, *size)).mean(0)
+    found = dict(
+        high=high_frequency_energy(power, size[1]).item(), centroid=spectral_centroid(power, size[1]).item(),
+        slope=spectral_slope(power, size[1]))
+    assert ' '.join(name for name, value in found.items() if math.isnan(value)) == undefined
+    constant = power_spectrum(torch.ones(*size))
+    assert math.isnan(high_frequency_energy(constant, size[1])) and math.isnan(spectral_slope(constant, size[1]))

@@ -193,11 +193,11 @@ def _run_layers(args: argparse.Namespace) -> None:
     check_output(args, 'layers.csv', 'layers-summary.csv', figures=['layers', 'layers-gain'])
     with Machine(args) as machine:
         model = load(args.model, args)
-        layers = layer_spectra(
-            model.model.to(machine.device), picture_loader(args, model) or band_loader(args, model, machine),
-            args.modules,
-            gates=args.gates, kinds=args.kinds, layout=args.layout, window=args.window, channels=args.channels,
-            show_progress=True)
+        with machine.holding(model) as network:
+            layers = layer_spectra(
+                network, picture_loader(args, model) or band_loader(args, model, machine, labels=False), args.modules,
+                gates=args.gates, kinds=args.kinds, layout=args.layout, window=args.window, channels=args.channels,
+                show_progress=True)
         if machine.rank:
             return
     write_csv([row for layer in layers for row in layer.as_rows()], args.output / 'layers.csv')
@@ -206,10 +206,11 @@ def _run_layers(args: argparse.Namespace) -> None:
         plural = '' if len(layers) == 1 else 's'
         print(f'{len(layers)} gate{plural}' if layers[0].kind != 'module'
               else f'{len(layers)} block{plural}, as the model has no gates of this kind')
+    print('high: energy beyond a quarter cycle per pixel, relative to white noise of the same map')
     for layer in layers:
         print(_describe_layer(layer))
-    if any(math.isnan(signal.high_low_ratio) for layer in layers for signal in layer.signals.values()):
-        print('undefined: a map this small has no frequencies beyond half of its Nyquist radius, or is constant')
+    if any(math.isnan(signal.high) for layer in layers for signal in layer.signals.values()):
+        print('undefined: a map of 3 pixels or fewer on a side has nothing on one side of the quarter, or is constant')
     print(f'{args.output / "layers.csv"}, {args.output / "layers-summary.csv"}')
     images = len(next(iter(layers[0].signals.values())).power)
     title = f'{labels_of([model])[0]}, {images} images'
@@ -221,22 +222,21 @@ def _run_layers(args: argparse.Namespace) -> None:
 
 
 def _describe_layer(layer) -> str:
-    line = f'{layer.name:<28}'
+    line = f'{layer.name}'
     for name, signal in layer.signals.items():
-        line += f'  {name} {signal.size[0]}x{signal.size[1]} high/low {_ratio(signal.high_low_ratio)}'
-        if signal.ratio_error and math.isfinite(signal.high_low_ratio):
-            line += f' ±{signal.ratio_error:.4f}'
+        error = f' ±{signal.high_error:.2g}' if signal.high_error and math.isfinite(signal.high_error) else ''
+        line += f'\n    {name:<8} {signal.size[0]}x{signal.size[1]}  high {_number(signal.high)}{error}'
     if layer.statistics is not None:
         row = layer.summary_row()
         line += (
-            f'  predicted {_ratio(row["predicted_high_low"])}  aliased {_percent(row["aliased"])}  '
+            f'  predicted {_number(row["predicted_high"])}  aliased {_percent(row["aliased"])}\n    '
             f'clipped {100 * row["clipped_low"]:.1f} + {100 * row["clipped_high"]:.1f} %  '
             f'pre-gate std {row["pre_gate_std"]:.3g}')
     return line
 
 
-def _ratio(high_low: float) -> str:
-    return f'{high_low:.4f}' if math.isfinite(high_low) else 'undefined'
+def _number(value: float) -> str:
+    return f'{value:.3f}' if math.isfinite(value) else 'undefined'
 
 
 def _percent(share: float) -> str:
@@ -267,16 +267,17 @@ def _run_amplitude(args: argparse.Namespace) -> None:
         models = [load(spec, args) for spec in args.models]
         found = {}
         for label, model in zip(labels_of(models), models, strict=True):
-            found[label] = log_amplitudes(
-                model.model.to(machine.device), band_loader(args, model, machine), args.modules, layout=args.layout,
-                show_progress=True)
+            with machine.holding(model) as network:
+                found[label] = log_amplitudes(
+                    network, band_loader(args, model, machine, labels=False), args.modules, layout=args.layout,
+                    show_progress=True)
         if machine.rank:
             return
     rows = [dict(model=label, **row) for label, layers in found.items() for layer in layers for row in layer.as_rows()]
     write_csv(rows, args.output / 'amplitude.csv')
     for label, layers in found.items():
-        print(f'{label}: {len(layers)} blocks, first {layers[0].name} {layers[0].high:.2f}, '
-              f'last {layers[-1].name} {layers[-1].high:.2f}')
+        print(f'{label}: {len(layers)} blocks, first {layers[0].name} {_number(layers[0].high)}, '
+              f'last {layers[-1].name} {_number(layers[-1].high)}')
     print(args.output / 'amplitude.csv')
     title = f'Relative log amplitude, {next(iter(found.values()))[0].images} images'
     save_figures(args, 'amplitude', lambda: draw_log_amplitudes(found, title))
@@ -315,10 +316,11 @@ def _run_heatmap(args: argparse.Namespace) -> None:
         models = [load(spec, args) for spec in args.models]
         found: dict[str, Any] = {}
         for label, model in zip(labels_of(models), models, strict=True):
-            model.model.to(machine.device)
-            found[label] = run_heatmap(
-                model, band_loader(args, model, machine), args.amplitudes, table, step=args.step, largest=args.largest,
-                seed=args.seed, batch_size=args.batch_size, data=f'{args.dataset} {args.data_dir} {args.split or ""}')
+            with machine.holding(model):
+                found[label] = run_heatmap(
+                    model, band_loader(args, model, machine), args.amplitudes, table, step=args.step,
+                    largest=args.largest, seed=args.seed, batch_size=args.batch_size,
+                    data=f'{args.dataset} {args.data_dir} {args.split or ""}')
         if machine.rank:
             return
     rows = [
@@ -357,12 +359,12 @@ def _run_sensitivity(args: argparse.Namespace) -> None:
     check_output(args, 'sensitivity.csv', figures=['sensitivity'])
     with Machine(args) as machine:
         models = [load(spec, args) for spec in args.models]
-        found = {
-            label: input_sensitivity(
-                model.model.to(machine.device), band_loader(args, model, machine), model.data_config['std'],
-                target=args.target, window=args.window, show_progress=True)
-            for label, model in zip(labels_of(models), models, strict=True)
-        }
+        found = {}
+        for label, model in zip(labels_of(models), models, strict=True):
+            with machine.holding(model) as network:
+                found[label] = input_sensitivity(
+                    network, band_loader(args, model, machine), model.data_config['std'], target=args.target,
+                    window=args.window, show_progress=True)
         if machine.rank:
             return
     write_csv(

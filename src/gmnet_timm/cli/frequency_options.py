@@ -1,5 +1,7 @@
 """What the `gmnet-timm freq …` commands share: options, models, data, the machine, and where results go."""
 import argparse
+import contextlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,6 @@ from gmnet_timm.cli.options import (
 )
 from gmnet_timm.errors import TargetExistsError, UserError
 
-DEFAULT_OUTPUT = 'output/freq'
-
 
 def add_command(
         commands,
@@ -26,17 +26,12 @@ def add_command(
 ) -> argparse.ArgumentParser:
     """Declare one of the commands."""
     parser = commands.add_parser(name, help=text, description=run.__doc__)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, command=name)
     if output and force:
         parser.add_argument('--force', action='store_true', help='replace the results of an earlier call')
     if output:
         parser.add_argument(
-            '--output',
-            type=Path,
-            default=Path(DEFAULT_OUTPUT),
-            metavar='DIR',
-            help='folder to write (default: %(default)s)',
-        )
+            '--output', type=Path, metavar='DIR', help=f'folder to write (default: output/freq/{name}-MODEL)')
     return parser
 
 
@@ -138,7 +133,11 @@ def figure_paths(args: argparse.Namespace, name: str) -> list[Path]:
 
 
 def check_output(args: argparse.Namespace, *names: str, figures: list[str]) -> None:
-    """Before the work: figures can be drawn, and the results of an earlier call are not replaced."""
+    """Before the work: where results go, that figures can be drawn, and that no earlier results are replaced."""
+    if args.output is None:
+        specs = getattr(args, 'models', None) or getattr(args, 'runs', None) or [args.model]
+        words = '-'.join([args.command, *(_short_name(str(spec)) for spec in specs)])
+        args.output = Path('output', 'freq', words[:100])
     paths = [args.output / name for name in names]
     drawn = [path for name in figures for path in figure_paths(args, name)]
     if drawn:
@@ -147,6 +146,14 @@ def check_output(args: argparse.Namespace, *names: str, figures: list[str]) -> N
     for path in [*paths, *drawn]:
         if path.exists() and not getattr(args, 'force', True):  # commands that go on have no --force
             raise TargetExistsError(path)
+
+
+def _short_name(spec: str) -> str:
+    """Of a model or a run, for the name of a folder: that of its file, and where many are called so, of its folder."""
+    path = Path(spec.partition('=')[2] or spec.rpartition(':')[2])
+    stem = path.name.partition('.')[0]
+    generic = stem in ('model_best', 'last', 'model', 'pytorch_model') or stem.startswith('checkpoint-')
+    return re.sub(r'[^\w-]+', '-', f'{path.parent.name}-{stem}' if generic else stem).strip('-')
 
 
 def save_figures(args: argparse.Namespace, name: str, draw, force: bool = False) -> None:
@@ -176,12 +183,14 @@ def chance_level(num_classes: list[int | None]) -> float | None:
     return 100 / only.pop() if len(only) == 1 and all(only) else None  # type: ignore[operator]
 
 
-def band_loader(args: argparse.Namespace, model, machine):
-    """This process's images."""
+def band_loader(args: argparse.Namespace, model, machine, labels: bool = True):
+    """This process's images; with `labels`, of the classes of the model in its order."""
     from gmnet_timm.frequency.data import create_band_loader
 
     return create_band_loader(
         args.data_dir, model.data_config, dataset=args.dataset, split=args.split, class_map=args.class_map,
+        num_classes=getattr(model.model, 'num_classes', None) if labels else None,
+        class_names=model.class_names if labels else None,
         batch_size=args.batch_size, workers=args.workers, num_images=args.num_images, rank=machine.rank,
         world_size=machine.world_size)
 
@@ -221,6 +230,12 @@ class Machine:
             workers=args.workers,
         )
 
+    @contextlib.contextmanager
+    def holding(self, model):
+        """The network on the device, which it leaves afterwards: one model at a time."""
+        yield model.model.to(self.device)
+        model.model.cpu()
+
     def __enter__(self) -> 'Machine':
         return self
 
@@ -234,12 +249,7 @@ def load(spec: str, args: argparse.Namespace):
     """Load a model, and print what had to be chosen or assumed."""
     from gmnet_timm.weights.model import load_model
 
-    try:
-        loaded = load_model(spec, preprocessing=preprocessing(args), **description(args))
-    except UserError as e:
-        if not Path(spec).is_dir():
-            raise
-        raise UserError(f'{e} A folder of timm with config.json and weights is local-dir:FOLDER.') from e
+    loaded = load_model(spec, preprocessing=preprocessing(args), **description(args))
     print_notes(loaded.notes)
     return loaded
 

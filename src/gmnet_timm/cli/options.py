@@ -1,6 +1,7 @@
 """Options that several commands share: which model, and how its images are prepared."""
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 from gmnet_timm.errors import UserError, printable
@@ -80,7 +81,7 @@ def starting(what: str) -> None:
     print(f'{what} …', file=sys.stderr, flush=True)
 
 
-def print_notes(notes: tuple[str, ...]) -> None:
+def print_notes(notes: Sequence[str]) -> None:
     """What was chosen or assumed, on standard error."""
     for note in notes:
         print(f'note: {printable(note)}', file=sys.stderr)

@@ -1,5 +1,6 @@
-"""Relative log amplitude of features by depth (Park & Kim 2022, arXiv 2202.06709)."""
+"""Relative log amplitude of features by depth (Park & Kim 2022, arXiv 2202.06709), above that of white noise."""
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,8 +11,8 @@ from gmnet_timm.errors import UserError
 from gmnet_timm.frequency.positions import Layout
 from gmnet_timm.frequency.processes import gathered, interleaved
 from gmnet_timm.frequency.progress import progress
-from gmnet_timm.frequency.spectra import find_blocks, module_layouts
-from gmnet_timm.frequency.tracing import trace, uncompiled, watch_modules
+from gmnet_timm.frequency.spectra import chosen_blocks, module_layouts
+from gmnet_timm.frequency.tracing import evaluation_mode, trace, uncompiled, watch_modules
 
 __all__ = ['LogAmplitude', 'log_amplitudes', 'relative_log_amplitude']
 
@@ -24,8 +25,7 @@ class LogAmplitude:
         name: Of the module.
         depth: From 0 (first) to 1 (last of those that were looked at).
         size: (H, W) of its maps.
-        curves: Of each image, natural log amplitude from zero frequency to the corner minus that at zero frequency,
-            mean over channels, (images, points), float64.
+        curves: Of each image, as of `relative_log_amplitude`, (images, points), float64.
     """
 
     name: str
@@ -45,8 +45,8 @@ class LogAmplitude:
 
     @property
     def high(self) -> float:
-        """At the corner, pi in both directions: the number of the paper's figures by depth."""
-        return self.curve[-1].item()
+        """Next to the corner: the number of the paper's figures by depth. NaN for maps without such a frequency."""
+        return self.curve[-1].item() if self.curves.shape[1] > 1 else math.nan
 
     def interval(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Bounds of the 95 % interval (normal) of the mean over images, each (points,); NaN for one image."""
@@ -56,30 +56,35 @@ class LogAmplitude:
     def as_rows(self) -> list[dict[str, Any]]:
         """One row per point of the half-diagonal for a CSV; a frequency of 1 is the corner."""
         columns = zip(self.curve.tolist(), *(bound.tolist() for bound in self.interval()), strict=True)
-        last = max(1, self.curves.shape[1] - 1)
         return [
             dict(layer=self.name, depth=self.depth, height=self.size[0], width=self.size[1], images=self.images,
-                 frequency=i / last, relative_log_amplitude=value, low=low, high=high)
+                 frequency=2 * i / min(self.size), relative_log_amplitude=value, low=low, high=high)
             for i, (value, low, high) in enumerate(columns)
         ]
 
 
 def relative_log_amplitude(maps: torch.Tensor) -> torch.Tensor:
-    """Log amplitude along the half-diagonal of the 2-D DFT minus that at zero frequency, mean over channels.
+    """Log amplitude along the half-diagonal of the 2-D DFT minus that at zero frequency, above that of white noise.
+
+    As the code of Park & Kim, it ends one frequency before the corner of a map of even size, where the coefficient is
+    real. Their number for white noise, ln(2) / 2 as the coefficient at zero is real and all others are complex, is
+    subtracted here, so that noise has 0 at every frequency and size.
 
     Args:
         maps: Real maps (B, C, H, W).
 
     Returns:
-        Natural logarithms, (B, min(H, W) // 2 + 1); the last point is the corner of the spectrum.
+        Natural logarithms, mean over channels, (B, ceil(min(H, W) / 2)): zero frequency, and those up to the corner.
     """
     height, width = maps.shape[-2:]
     maps = maps if maps.dtype == torch.float64 else maps.float()
-    points = min(height, width) // 2 + 1
-    v, u = (torch.linspace(0, n // 2, points, device=maps.device).round().long() for n in (height, width))
+    points = (min(height, width) + 1) // 2
+    v, u = (torch.linspace(0, (n - 1) // 2, points, device=maps.device).round().long() for n in (height, width))
     amplitude = torch.fft.rfft2(maps)[..., v, u].abs()
     log = (amplitude + 1e-6).log().mean(1)  # as the paper's code, so that an empty frequency stays finite
-    return log - log[:, :1]
+    relative = log - log[:, :1] - math.log(2) / 2
+    relative[:, 0] = 0
+    return relative
 
 
 def log_amplitudes(
@@ -95,9 +100,9 @@ def log_amplitudes(
     With an initialised process group each process gives a part of the images, and all get the numbers of the whole.
 
     Args:
-        model: Any model that takes images.
+        model: Any model that takes images, in evaluation mode during the call.
         loader: Batches of normalised images (B, C, H, W) and labels.
-        modules: Names or patterns, by default the model's blocks (`find_blocks`).
+        modules: Names or patterns, by default the model's blocks, as timm groups its parameters or by their names.
         layout: As for `layer_spectra`.
         show_progress: Show how far it is.
 
@@ -114,15 +119,19 @@ def log_amplitudes(
 
     def on_module(name: str, side: str, x: torch.Tensor) -> None:
         if side == 'output' and name in layouts:
-            curves.setdefault(name, []).append(relative_log_amplitude(layouts[name].maps(x)).double().cpu())
+            found = relative_log_amplitude(layouts[name].maps(x)).double().cpu()
+            if not found.isfinite().all():
+                raise UserError(f'The output of {name} is NaN or infinite: the weights are damaged or have diverged.')
+            curves.setdefault(name, []).append(found)
 
     for batch, *_ in progress(loader, 'amplitude', 'batch', show=show_progress):
         batch = batch.to(device)
-        if not layouts:
-            layouts.update(_output_layouts(model, batch[:2], modules, layout))
-        names = list(dict.fromkeys(name.partition('#')[0] for name in layouts))
-        with torch.no_grad(), watch_modules(model, names, on_module):
-            model(batch)
+        with torch.no_grad(), evaluation_mode(model):
+            if not layouts:
+                layouts.update(_output_layouts(model, batch[:2], modules, layout))
+            names = list(dict.fromkeys(name.partition('#')[0] for name in layouts))
+            with watch_modules(model, names, on_module):
+                model(batch)
     own = {name: (found.size, torch.cat(curves[name])) for name, found in layouts.items()}
     parts = [part for part in gathered(own) if part]
     if not parts:
@@ -141,7 +150,7 @@ def _output_layouts(
         layout: str | None,
 ) -> dict[str, Layout]:
     found = trace(model, images)
-    both = module_layouts(model, found, modules if modules is not None else find_blocks(found), layout)
+    both = module_layouts(model, found, modules if modules is not None else chosen_blocks(model, found), layout)
     layouts = {name: both[name, side] for name, side in both if side == 'output'}
     if not layouts:
         raise UserError('The model has no blocks that hold maps. Name the modules to look at (--modules).')

@@ -12,6 +12,7 @@ from gmnet_timm.errors import UserError
 from gmnet_timm.frequency.intervals import wilson_interval
 from gmnet_timm.frequency.progress import progress
 from gmnet_timm.frequency.split import check_radii, frequency_bands, restore, spectrum_of
+from gmnet_timm.frequency.tracing import evaluation_mode
 
 __all__ = [
     'BANDS', 'Band', 'BandAccuracy', 'BandSplit', 'SplitOptions', 'band_images', 'evaluate_bands', 'list_bands',
@@ -204,8 +205,8 @@ def evaluate_bands(
     With an initialised process group each process gives a part of the data, and all get the counts of the whole.
 
     Args:
-        model: A classifier, evaluated on the device and in the mode it is left in: put it into evaluation mode before.
-            It returns logits (B, classes), or an object of transformers with such `logits`.
+        model: A classifier, on its device, in evaluation mode during the call. It returns logits (B, classes), or an
+            object of transformers with such `logits`.
         loader: Batches of normalised images (B, C, H, W) and labels (B,).
         radii: Radii in cycles per image, the order does not matter.
         kinds: Which bands, of `BANDS`.
@@ -227,7 +228,8 @@ def evaluate_bands(
     autocast = torch.autocast(device.type, dtype=amp_dtype) if amp_dtype else contextlib.nullcontext()
     counts = torch.zeros(len(bands), 4, dtype=torch.long, device=device)
     for images, targets in progress(loader, 'bands', 'batch', show=show_progress):
-        with torch.inference_mode():  # not around the loader, whose collectives some versions of torch refuse in it
+        # not around the loader, whose collectives some versions of torch refuse in inference mode
+        with torch.inference_mode(), evaluation_mode(model):
             images, targets = images.to(device, non_blocking=True), targets.to(device, non_blocking=True)
             for i, x in enumerate(band_images(images, bands, options, mean, std)):
                 with autocast:
@@ -260,14 +262,19 @@ def logits_of(output: Any) -> torch.Tensor:
 
 def _count_correct(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """Correct within the first, correct within the first five, all, and those without finite logits."""
-    check_labels(targets, logits.shape[-1])
+    check_labels(targets, logits)
     ranked = logits.topk(min(5, logits.shape[-1])).indices == targets[:, None]
     broken = (~logits.isfinite().all(-1)).sum()
     return torch.stack([ranked[:, 0].sum(), ranked.sum(), ranked.new_tensor(len(targets), dtype=torch.long), broken])
 
 
-def check_labels(targets: torch.Tensor, num_classes: int) -> None:
-    """Raise UserError for labels that a model has no output for."""
+def check_labels(targets: torch.Tensor, logits: torch.Tensor) -> None:
+    """Raise UserError for labels that are not one index per image of an output of the model."""
+    num_classes = logits.shape[-1]
+    if targets.shape != logits.shape[:1] or targets.is_floating_point() or targets.dtype == torch.bool:
+        raise UserError(
+            f'Labels must be one whole number per image, ({len(logits)},), got {tuple(targets.shape)} of '
+            f'{targets.dtype}. Of one-hot labels, labels.argmax(-1) are the numbers.')
     if targets.numel() and not 0 <= int(targets.min()) <= int(targets.max()) < num_classes:
         raise UserError(
             f'The data has labels from {int(targets.min())} to {int(targets.max())}, the model has {num_classes} '

@@ -1,6 +1,7 @@
 """Evaluation data that counts what it cannot decode, where timm's loaders put the next image in its place."""
 import io
 import itertools
+import logging
 import os
 import warnings
 from collections.abc import Sequence
@@ -16,11 +17,14 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, defau
 
 from gmnet_timm.errors import UserError, listed
 from gmnet_timm.frequency.processes import gathered
+from gmnet_timm.weights.class_names import class_names_of
 
 __all__ = [
     'CountingLoader', 'create_band_loader', 'image_mode', 'open_dataset', 'prepare_picture', 'read_picture', 'to_mode',
     'to_pixels',
 ]
+
+_logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 50_000_000  # of a single picture, as it is and as it is resized for a model
 # Not all that PIL knows: for EPS it starts Ghostscript, and some of the others are decoded by little-used code.
@@ -192,7 +196,9 @@ class _DecodedImages(Dataset):
             else:
                 image, target = self.dataset[index]
             image = to_mode(image, self.img_mode)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):  # what PIL raises for damaged files
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:  # of PIL, for damaged files
+            filename = getattr(self.dataset, 'filename', lambda *_: index)(index)
+            _logger.warning(f'{filename} cannot be decoded, and is left out: {" ".join(str(e).split())[:100]}')
             return None
         return self.transform(image), -1 if target is None else int(target)
 
@@ -217,11 +223,13 @@ class CountingLoader:
     Attributes:
         skipped: Images left out in the last pass, of all processes where there are several.
         ignored: Files of an image folder that look like images, but whose extension timm does not read.
+        classes: Names of the classes of the data in their order, [] where it does not say.
     """
 
-    def __init__(self, loader: DataLoader, ignored: int = 0):
+    def __init__(self, loader: DataLoader, ignored: int = 0, classes: Sequence[str] = ()):
         self.loader = loader
         self.ignored = ignored
+        self.classes = list(classes)
         self.skipped = 0
 
     def __len__(self) -> int:
@@ -247,6 +255,7 @@ def create_band_loader(
         split: str | None = None,
         class_map: str = '',
         num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
         batch_size: int = 64,
         workers: int = 2,
         num_images: int | None = None,
@@ -266,6 +275,7 @@ def create_band_loader(
             is taken as it is.
         class_map: File with the order of the classes, as for `timm.data.create_dataset`.
         num_classes: Outputs of the model, to be compared with the classes of the data.
+        class_names: Names of the model's classes in their order, to be compared with those of the data.
         batch_size: Images per batch.
         workers: Processes that load images, 0 for none.
         num_images: Use this many images, evenly spaced (of a stream the first ones), None for all.
@@ -274,8 +284,8 @@ def create_band_loader(
         root_from: Where `root` was stated, for error messages.
 
     Raises:
-        UserError: The data cannot be read, has no such split, is empty, or has another number of classes than the
-            model.
+        UserError: The data cannot be read, has no such split, is empty, or has another number or another order of
+            classes than the model.
     """
     mode = image_mode(data_config['input_size'][0])
     images, root = open_dataset(root, dataset, split, class_map, mode=mode, root_from=root_from)
@@ -287,7 +297,8 @@ def create_band_loader(
         return CountingLoader(DataLoader(stream, batch_size, collate_fn=_collate))  # several workers would split it
     if len(images) == 0:
         raise UserError(f'The data {dataset or root} holds no images.')
-    _check_classes(images, num_classes)
+    classes = class_names_of(images)
+    _check_classes(classes, num_classes, class_names, str(dataset or root))
     decoded: Dataset = _DecodedImages(images, transform, mode)
     indices: Sequence[int] = range(len(images))
     if num_images is not None and num_images < len(images):
@@ -299,7 +310,7 @@ def create_band_loader(
         collate_fn=_collate,
         pin_memory=torch.cuda.is_available(),
     )
-    return CountingLoader(loader, _count_ignored(root) if not dataset and root else 0)
+    return CountingLoader(loader, _count_ignored(root) if not dataset and root else 0, classes)
 
 
 def open_dataset(
@@ -345,8 +356,13 @@ def open_dataset(
             input_img_mode=mode,
         )
     except (RuntimeError, OSError, AssertionError, ValueError, ImportError) as e:
-        reason = str(e) or 'no such folder, or none with images below it'  # timm asserts without a word
-        raise UserError(f'The data {dataset or root} cannot be read: {reason}.') from e
+        # timm asserts without a word
+        reason = (str(e) or 'no such folder, or none with images below it').replace('/..', ':').rstrip('.')
+        ignored = _count_ignored(root) if is_folder and root else 0
+        others = f' Image files of other types there, which timm does not read: {ignored}.' if ignored else ''
+        raise UserError(f'The data {dataset or root} cannot be read: {reason}.{others}') from e
+    if is_folder and not dataset and root and Path(root).is_dir():
+        _check_folder(root, class_map, class_names_of(images))
     return images, root
 
 
@@ -377,12 +393,43 @@ def _count_ignored(root: str) -> int:
         for folder, _, names in os.walk(root, followlinks=True) for name in names if folder != str(root))
 
 
-def _check_classes(dataset: Dataset, num_classes: int | None) -> None:
-    class_to_idx = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
-    if num_classes is not None and class_to_idx is not None and len(class_to_idx) != num_classes:
+def _check_classes(
+        classes: list[str],
+        num_classes: int | None,
+        class_names: Sequence[str] | None,
+        where: str,
+) -> None:
+    """Compare the classes of data, in their order, with those of a model; [] where the data does not name them."""
+    if num_classes is not None and classes and len(classes) != num_classes:
         raise UserError(
-            f'The data has {len(class_to_idx)} classes ({listed(list(class_to_idx))}), the model has {num_classes} '
-            'outputs. For part of the classes of the training data, give their order by --class-map.')
+            f'The data has {len(classes)} classes ({listed(classes)}), the model has {num_classes} outputs. For part '
+            'of the classes of the training data, give their order by --class-map.')
+    if not classes or not class_names or classes == list(class_names):
+        return
+    if sorted(classes) == sorted(class_names):
+        raise UserError(
+            f"{where} has the model's classes in another order: {listed(classes)}, and not "
+            f'{listed(class_names)}. Give that order by --class-map, a text file with one name per line.')
+    _logger.warning(
+        f"The data's classes ({listed(classes, 3)}) are called otherwise by the model ({listed(class_names, 3)}): "
+        'nothing shows that their order is the same.')
+
+
+def _check_folder(root: str, class_map: str, classes: list[str]) -> None:
+    """Refuse a folder without classes, and a class map that does not name its folders; say what a map leaves out."""
+    folders = sorted(path.name for path in Path(root).iterdir() if path.is_dir() and not path.name.startswith('.'))
+    if not folders:
+        raise UserError(f'{root} has no sub-folders. It needs one per class, with the images of the class in it.')
+    left_out = [name for name in folders if name not in classes]
+    absent = [name for name in classes if name not in folders]
+    if not class_map or not left_out or any(Path(root).glob('*/*/')):  # names of folders further below
+        return
+    if absent:
+        mark = ' The map begins with a byte order mark: save it as plain UTF-8.' if absent[0][0] == '\ufeff' else ''
+        raise UserError(
+            f'{class_map} names {listed([repr(name) for name in absent])}, for which {root} has no folder, and not '
+            f'{listed(left_out)}, which it has.{mark}')
+    _logger.warning(f'{class_map} does not name {listed(left_out)}: the images in these folders are left out.')
 
 
 def _collate(samples: list[tuple[torch.Tensor, int] | None]):

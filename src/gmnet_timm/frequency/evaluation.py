@@ -1,5 +1,7 @@
 """Band accuracies of models and of training runs, with everything needed to repeat them."""
 import dataclasses
+import hashlib
+import json
 import platform
 import re
 import sys
@@ -77,6 +79,7 @@ def evaluate_model(
         split=settings.split,
         class_map=settings.class_map,
         num_classes=getattr(model.model, 'num_classes', None),
+        class_names=model.class_names,
         batch_size=batch_size,
         workers=workers,
         num_images=settings.num_images,
@@ -94,11 +97,13 @@ def evaluate_model(
         std=config['std'],
         amp_dtype=getattr(torch, settings.amp_dtype) if settings.amp_dtype else None,
     )
+    model.model.cpu()  # one model at a time on the device
     return dict(
         name=model.name,
         provenance=model.provenance,
         results=[result.as_row() for result in results],
         num_classes=getattr(model.model, 'num_classes', None),
+        class_names=model.class_names,
         skipped=loader.skipped,
         ignored=loader.ignored,
         settings=dataclasses.asdict(settings),
@@ -179,7 +184,8 @@ def band_curves(rows_by_label: Mapping[str, Sequence[dict[str, Any]]]) -> dict[s
 def _key(model: LoadedModel, settings: EvalSettings) -> dict[str, str]:
     """By which columns the rows of a model are known."""
     report = dict(
-        settings=dataclasses.asdict(settings), data_config=model.data_config, provenance=model.provenance)
+        settings=dataclasses.asdict(settings), data_config=model.data_config, provenance=model.provenance,
+        class_names=model.class_names)
     return {name: str(value) for name, value in dict(model=model.name, **_settings_columns(report)).items()}
 
 
@@ -215,8 +221,8 @@ def evaluate_runs(
         for epoch, checkpoint in epoch_checkpoints(run).items():
             key = dict(
                 run=str(run), epoch=str(epoch), ema=str(use_ema),
-                # a run that was trained anew is evaluated anew
-                checkpoint_time=str(checkpoint.stat().st_mtime_ns), **_requested(own))
+                # a run that was trained anew, or whose arguments say another network, is evaluated anew
+                checkpoint_time=str(checkpoint.stat().st_mtime_ns), args_sha256=_sha256(args, own), **_requested(own))
             wanted.append(key)
             if any(key.items() <= row.items() for row in rows):
                 continue
@@ -224,12 +230,18 @@ def evaluate_runs(
             report = evaluate_model(
                 model, own, **kwargs, root_from='--data-dir' if settings.data_dir else str(run / ARGS_NAME))
             new = report_rows(report, **key)
-            same = {name: value for name, value in key.items() if name != 'checkpoint_time'}
+            same = {name: value for name, value in key.items() if name not in ('checkpoint_time', 'args_sha256')}
             rows = [row for row in rows if not same.items() <= row.items()]
             rows += [{name: str(value) for name, value in row.items()} for row in new]
             if kwargs.get('rank', 0) == 0:
                 write_csv(rows, path)
     return [row for key in wanted for row in rows if key.items() <= row.items()]
+
+
+def _sha256(args: dict[str, Any], settings: EvalSettings) -> str:
+    """Of the arguments of a run, and of the order of the classes where a file says it."""
+    order = Path(settings.class_map).read_bytes() if settings.class_map and Path(settings.class_map).is_file() else b''
+    return hashlib.sha256(json.dumps(args, sort_keys=True, default=str).encode() + order).hexdigest()
 
 
 def _settings_columns(report: dict[str, Any]) -> dict[str, Any]:
@@ -243,6 +255,8 @@ def _settings_columns(report: dict[str, Any]) -> dict[str, Any]:
         'mean': ' '.join(map(str, config['mean'])),
         'std': ' '.join(map(str, config['std'])),
         'weights_sha256': report['provenance'].get('weights_sha256', ''),
+        'model_args': json.dumps(report['provenance'].get('model_args', {}), sort_keys=True, default=str),
+        'class_names': ' '.join(report['class_names'] or ()),
     }
 
 

@@ -1,12 +1,9 @@
 """Where does a model multiply features by features? Its gates, found by running it once."""
-import contextlib
-from collections.abc import Iterator
-
 import torch
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from gmnet_timm.frequency.tracing import FoundProduct, trace, uncompiled
+from gmnet_timm.frequency.tracing import FoundProduct, evaluation_mode, trace, uncompiled
 
 __all__ = ['find_gates', 'find_products']
 
@@ -42,7 +39,7 @@ def find_products(model: nn.Module, x: torch.Tensor | None = None) -> dict[str, 
         UserError: TorchScript does not tell which module multiplies.
     """
     model = uncompiled(model)
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         return trace(model, _example_input(model) if x is None else x, layouts=False).products
 
 
@@ -50,14 +47,3 @@ def _example_input(model: nn.Module) -> torch.Tensor:
     p = next(model.parameters(), torch.empty(0))
     channels, height, width = resolve_model_data_config(model)['input_size']
     return torch.zeros(1, getattr(model, 'in_chans', channels), height, width, device=p.device, dtype=p.dtype)
-
-
-@contextlib.contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    training = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training:
-            module.training = mode

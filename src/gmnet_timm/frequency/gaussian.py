@@ -10,8 +10,6 @@ from collections.abc import Callable
 
 import torch
 
-from gmnet_timm.frequency.split import bin_power
-
 __all__ = ['power_law', 'predict_independent', 'predict_pointwise']
 
 TERMS = 24
@@ -23,7 +21,7 @@ def predict_pointwise(
         power: torch.Tensor,
         width: int,
 ) -> torch.Tensor:
-    """Power spectrum of f(x) by radial bin, for channels that are Gaussian fields.
+    """Power spectrum of f(x), for channels that are Gaussian fields.
 
     Args:
         function: f, applied to each value.
@@ -32,7 +30,7 @@ def predict_pointwise(
         width: W.
 
     Returns:
-        Mean over channels, (bins,), float64.
+        Power by frequency, as of `power_spectrum`, mean over channels, (H, W // 2 + 1), float64.
     """
     mean, power = mean.double().cpu(), power.double().cpu()
     covariance = _autocorrelation(power, width) - mean.square()[:, None, None]
@@ -44,11 +42,11 @@ def predict_pointwise(
     r = rest[:, None, None].expand_as(rho).clone()
     for coefficient in coefficients.flip(0):
         r.mul_(rho).add_(coefficient.square()[:, None, None])
-    return _radial(r)
+    return _mean_power(r)
 
 
 def predict_independent(gate: torch.Tensor, value: torch.Tensor, width: int) -> torch.Tensor:
-    """Power spectrum of the product of two independent stationary fields by radial bin, from their power spectra.
+    """Power spectrum of the product of two independent stationary fields, from their power spectra.
 
     Args:
         gate: Power spectrum of each channel, (C, H, W // 2 + 1).
@@ -56,9 +54,9 @@ def predict_independent(gate: torch.Tensor, value: torch.Tensor, width: int) -> 
         width: W.
 
     Returns:
-        Mean over channels, (bins,), float64.
+        Power by frequency, as of `power_spectrum`, mean over channels, (H, W // 2 + 1), float64.
     """
-    return _radial(_autocorrelation(gate.double().cpu(), width) * _autocorrelation(value.double().cpu(), width))
+    return _mean_power(_autocorrelation(gate.double().cpu(), width) * _autocorrelation(value.double().cpu(), width))
 
 
 def power_law(size: int, exponent: float) -> torch.Tensor:
@@ -73,10 +71,8 @@ def _autocorrelation(power: torch.Tensor, width: int) -> torch.Tensor:
     return torch.fft.irfft2(power.to(torch.complex128), s=(power.shape[-2], width), norm='forward')
 
 
-def _radial(autocorrelation: torch.Tensor) -> torch.Tensor:
-    height, width = autocorrelation.shape[-2:]
-    power = torch.fft.rfft2(autocorrelation, norm='forward').real.clamp(min=0)
-    return bin_power(power.mean(0), height, width)
+def _mean_power(autocorrelation: torch.Tensor) -> torch.Tensor:
+    return torch.fft.rfft2(autocorrelation, norm='forward').real.clamp(min=0).mean(0)
 
 
 def _hermite(

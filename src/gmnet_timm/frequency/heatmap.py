@@ -12,6 +12,7 @@ from gmnet_timm.frequency.bands import check_labels, logits_of
 from gmnet_timm.frequency.intervals import wilson_interval
 from gmnet_timm.frequency.processes import gathered, own_part
 from gmnet_timm.frequency.progress import progress
+from gmnet_timm.frequency.tracing import evaluation_mode
 
 __all__ = ['HeatmapPoint', 'directions', 'fourier_basis', 'fourier_heatmap', 'radial_summary']
 
@@ -94,7 +95,7 @@ def fourier_heatmap(
     process gives a part of the images, every n-th one, and all get the counts of the whole.
 
     Args:
-        model: A classifier in evaluation mode.
+        model: A classifier, in evaluation mode during the call.
         images: Normalised images (B, C, H, W); of several processes, a process without images gives (0, C, H, W).
         targets: Labels (B,).
         std: Standard deviation that each channel was divided by.
@@ -128,9 +129,9 @@ def fourier_heatmap(
         wrong = 0
         for start in range(0, len(images), batch_size):
             part = slice(start, min(start + batch_size, len(images)))
-            with torch.inference_mode():
+            with torch.inference_mode(), evaluation_mode(model):
                 logits = logits_of(model((images[part] + signs[part] * noise).to(device))).cpu()
-            check_labels(targets, logits.shape[-1])
+            check_labels(targets[part], logits)
             if not logits.isfinite().all():
                 raise UserError(f'The logits under a perturbation at ({v}, {u}) are NaN or infinite.')
             wrong += int((logits.argmax(-1) != targets[part]).sum())

@@ -1,4 +1,5 @@
 """Fourier heat maps of models that go on where an earlier call stopped."""
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,10 +52,9 @@ def run_heatmap(
     count = sum(gathered(len(images)))  # every process has read the table before one writes
     key = dict(
         model=str(model.provenance.get('model', model.name)), weights_sha256=model.provenance.get('weights_sha256', ''),
-        data=data, seed=str(seed), input_size='x'.join(map(str, config['input_size'])),
-        crop_pct=str(config['crop_pct']),
-        interpolation=config['interpolation'], mean=' '.join(map(str, config['mean'])),
-        std=' '.join(map(str, config['std'])), count=str(count))
+        model_args=json.dumps(model.provenance.get('model_args', {}), sort_keys=True, default=str),
+        data=data, classes=' '.join(getattr(loader, 'classes', ())), seed=str(seed),
+        preprocessing=json.dumps(config, sort_keys=True), count=str(count))
     found: dict[float, list[HeatmapPoint]] = {}
     same = [row for row in rows if key.items() <= row.items()]
     for amplitude in amplitudes:

@@ -22,7 +22,7 @@ from gmnet_timm.frequency.extras import require_matplotlib
 from gmnet_timm.frequency.heatmap import HeatmapPoint, radial_summary
 from gmnet_timm.frequency.sensitivity import Sensitivity
 from gmnet_timm.frequency.signals import SIGNAL_NAMES, LayerSpectrum
-from gmnet_timm.frequency.split import log_amplitude_spectrum, modes_per_bin, radial_power_spectrum
+from gmnet_timm.frequency.split import bin_power, log_amplitude_spectrum, modes_per_bin, radial_power_spectrum
 
 __all__ = [
     'Curves', 'LINES', 'band_title', 'displayable', 'draw_band_accuracy', 'draw_band_curves', 'draw_heatmaps',
@@ -89,8 +89,8 @@ def plot_accuracy(
 def plot_spectrum(layer: LayerSpectrum, ax: Any = None) -> Any:
     """Draw the mean power per frequency of each signal of a layer relative to its energy without the mean.
 
-    A dotted line is what theory predicts for the product of a gate. A grey line marks half of the Nyquist radius, where
-    the high frequencies of the ratios begin.
+    A dotted line is what theory predicts for the product of a gate. A grey line marks a quarter cycle per pixel, beyond
+    which frequencies are high.
     """
     ax = _own(ax)
     for name, signal in layer.signals.items():
@@ -100,13 +100,14 @@ def plot_spectrum(layer: LayerSpectrum, ax: Any = None) -> Any:
     statistics = layer.statistics
     if statistics is not None and statistics.predicted is not None:
         size = layer.signals['product'].size
-        values = (statistics.predicted / modes_per_bin(*size))[1:] / statistics.predicted[1:].sum()
+        predicted = bin_power(statistics.predicted, *size)
+        values = (predicted / modes_per_bin(*size))[1:] / predicted[1:].sum()
         _log_line(ax, values, label='predicted product', linestyle=':', color='#aa4499', linewidth=1.8)
     after = layer.after
     if after is not None:
-        ax.axvline(after.cutoff + .5, color='gray', linewidth=.8)
-        before = f'{layer.before.high_low_ratio:.2g} → ' if layer.before is not None else ''
-        ax.text(.97, .95, f'high/low {before}{after.high_low_ratio:.2g}', transform=ax.transAxes, ha='right', va='top',
+        ax.axvline(min(after.size) / 4, color='gray', linewidth=.8)
+        before = f'{layer.before.high:.2g} → ' if layer.before is not None else ''
+        ax.text(.97, .95, f'high {before}{after.high:.2g}', transform=ax.transAxes, ha='right', va='top',
                 fontsize=8)
     ax.grid(alpha=.3)
     return ax
@@ -136,7 +137,7 @@ def plot_gain(layer: LayerSpectrum, ax: Any = None) -> Any:
 
 
 def plot_log_amplitude(models: Mapping[str, Sequence[LogAmplitude]], ax: Any = None) -> Any:
-    """Draw the relative log amplitude at the corner of the spectrum by depth with 95 % intervals, a line per model."""
+    """Draw the relative log amplitude next to the corner, above white noise, by depth, with 95 % intervals."""
     ax = _own(ax)
     for i, (label, layers) in enumerate(models.items()):
         style = LINES[i % len(LINES)]
@@ -145,7 +146,7 @@ def plot_log_amplitude(models: Mapping[str, Sequence[LogAmplitude]], ax: Any = N
         low, high = zip(*((bound[-1].item() for bound in layer.interval()) for layer in layers), strict=True)
         ax.fill_between(depth, low, high, color=style['color'], alpha=.15)
     ax.set_xlabel('depth (first to last block)')
-    ax.set_ylabel('Δ log amplitude')
+    ax.set_ylabel('Δ log amplitude above noise')
     ax.grid(alpha=.3)
     return ax
 
@@ -395,15 +396,15 @@ def draw_log_amplitudes(models: Mapping[str, Sequence[LogAmplitude]], title: str
     """Relative log amplitude: by depth, and along the half-diagonal for the first and the last block of each model."""
     figure, axes = new_figure(1, 2, 4.4, 3.4)
     plot_log_amplitude(models, axes[0][0])
-    axes[0][0].set_title('at the corner of the spectrum, by depth', fontsize=10)
+    axes[0][0].set_title('next to the corner of the spectrum, by depth', fontsize=10)
     for i, layers in enumerate(models.values()):
         for layer, alpha in ((layers[0], .4), (layers[-1], 1.)):
             style = {key: value for key, value in LINES[i % len(LINES)].items() if key != 'marker'}
-            points = torch.linspace(0, 1, len(layer.curve))
+            points = 2 * torch.arange(len(layer.curve)) / min(layer.size)
             axes[0][1].plot(points, layer.curve, alpha=alpha, **style)
     axes[0][1].set_title('along the half-diagonal; pale: first block, full: last', fontsize=10)
     axes[0][1].set_xlabel('frequency (0: mean, 1: corner)')
-    axes[0][1].set_ylabel('Δ log amplitude')
+    axes[0][1].set_ylabel('Δ log amplitude above noise')
     axes[0][1].grid(alpha=.3)
     return with_legend(figure, title, axes[0][0])
 

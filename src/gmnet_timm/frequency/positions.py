@@ -14,7 +14,6 @@ import re
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -31,6 +30,7 @@ MOVES = {
 }
 # by which argument is the first factor
 _MATMULS = {'mm': 0, 'bmm': 0, 'matmul': 0, 'linear': 0, 'addmm': 1, 'baddbmm': 1, '_addmm_activation': 1}
+_REDUCTIONS = {'mean', 'sum', 'amax', 'amin', 'max', 'min'}
 _SPATIAL = re.compile(r'conv(olution|\d)|pool\dd|pool$|upsample')
 _LOSES_POSITIONS = re.compile(r'fft|sort|topk|gather|scatter|index_put|as_strided|cumsum')
 
@@ -154,7 +154,7 @@ class Positions:
             return [func([self._filled(x) for x in args[0]], *args[1:], **kwargs)]
         if name == 'constant_pad_nd':
             positions = self.of(args[0])
-            return [] if positions is None else [F.pad(positions, args[1], value=math.nan)]
+            return [] if positions is None else [torch.constant_pad_nd(positions, args[1], _UNKNOWN)]
         if name in MOVES:
             start = self.of(args[0])
             if start is None:
@@ -168,6 +168,8 @@ class Positions:
             a, b = self.of(a), self.of(b)
             b = b.mT if b is not None and name == 'linear' else b
             return [_matmul(a, b, outputs[0].shape, self.reach)]
+        if name in _REDUCTIONS and len(args) > 1:
+            return [_reduced(self.of(args[0]), args[1], outputs[0].shape, self.reach)]
         if _SPATIAL.search(name):
             return [_resized(self.of(args[0]), outputs[0].shape, self.reach)]
         if name == 'glu':
@@ -255,6 +257,13 @@ def _matmul(
     return None
 
 
+def _reduced(positions: torch.Tensor | None, axes: Any, shape: torch.Size, reach: float) -> torch.Tensor | None:
+    """Positions of what a reduction along some axes leaves, such as the largest of four neighbouring tokens."""
+    for axis in [axes] if isinstance(axes, int) else axes:
+        positions = None if positions is None else _centre(positions, axis % positions.dim(), reach)
+    return None if positions is None else positions.reshape(shape)
+
+
 def _resized(positions: torch.Tensor | None, shape: torch.Size, reach: float) -> torch.Tensor | None:
     """Positions of what slides a window over maps, or enlarges them: equally spaced over the same range."""
     if positions is None or positions.dim() != len(shape) or positions.dim() < 3:
@@ -271,19 +280,26 @@ def _resized(positions: torch.Tensor | None, shape: torch.Size, reach: float) ->
 
 
 def _spaced(x: torch.Tensor, size: torch.Size) -> torch.Tensor | None:
-    """Rows or columns (B, ...) of a grid at another size, equally spaced: padding repeats or mirrors some of them."""
-    varying = [axis for axis in range(1, x.dim()) if (x.amin(axis) != x.amax(axis)).any()]
+    """Rows or columns (B, ...) of a grid at another size, equally spaced: padding repeats, mirrors or hides some."""
+    def low(axis: int, keepdim: bool = False) -> torch.Tensor:
+        return x.nan_to_num(math.inf).amin(axis, keepdim=keepdim)
+
+    def high(axis: int, keepdim: bool = False) -> torch.Tensor:
+        return x.nan_to_num(-math.inf).amax(axis, keepdim=keepdim)
+
+    # lines that are all padding have an infinite lowest and highest position
+    varying = [axis for axis in range(1, x.dim()) if ((low(axis) < high(axis)) & low(axis).isfinite()).any()]
     if len(varying) > 1:
         return None
     for axis, count in enumerate(size, start=1):
-        low, high = x.amin(axis, keepdim=True), x.amax(axis, keepdim=True)
         half = max(1, x.shape[axis] // 2)
-        rising = x.narrow(axis, x.shape[axis] - half, half).mean(axis, keepdim=True) >= \
-            x.narrow(axis, 0, half).mean(axis, keepdim=True)
+        rising = x.narrow(axis, x.shape[axis] - half, half).nanmean(axis, keepdim=True) >= \
+            x.narrow(axis, 0, half).nanmean(axis, keepdim=True)
+        first, last = low(axis, True), high(axis, True)
         steps = torch.linspace(0, 1, count, device=x.device) if count > 1 else torch.full((1,), .5, device=x.device)
         steps = steps.view(-1, *[1] * (x.dim() - 1 - axis))
-        x = low + (high - low) * torch.where(rising, steps, 1 - steps)
-    return x
+        x = torch.where(first <= last, first + (last - first) * torch.where(rising, steps, 1 - steps), math.nan)
+    return x if x.isfinite().all() else None
 
 
 def _centre(positions: torch.Tensor, axis: int, reach: float) -> torch.Tensor | None:

@@ -12,6 +12,7 @@ from gmnet_timm.frequency.bands import check_labels, logits_of
 from gmnet_timm.frequency.processes import gathered, interleaved
 from gmnet_timm.frequency.progress import progress
 from gmnet_timm.frequency.split import modes_per_bin, radial_power_spectrum
+from gmnet_timm.frequency.tracing import evaluation_mode
 
 __all__ = ['Sensitivity', 'input_sensitivity']
 
@@ -72,7 +73,7 @@ def input_sensitivity(
     With an initialised process group each process gives a part of the images, and all get the numbers of the whole.
 
     Args:
-        model: A classifier in evaluation mode.
+        model: A classifier, in evaluation mode during the call.
         loader: Batches of normalised images (B, C, H, W) and labels (B,).
         std: Standard deviation that each channel was divided by, so that models with other ones can be compared.
         target: 'loss' for the cross-entropy, 'logit' for the logit of the label.
@@ -80,7 +81,7 @@ def input_sensitivity(
         show_progress: Show how far it is.
 
     Raises:
-        UserError: There are no images, the gradient is NaN or infinite, or `target` is something else.
+        UserError: There are no images, logits or gradients are NaN, infinite or zero, or `target` is something else.
     """
     if target not in ('loss', 'logit'):
         raise UserError(f'The target is loss or logit, got {target}.')
@@ -89,13 +90,19 @@ def input_sensitivity(
     size = (0, 0)
     for images, labels in progress(loader, 'sensitivity', 'batch', show=show_progress):
         images, labels = images.to(device).requires_grad_(), labels.to(device)
-        logits = logits_of(model(images))
-        check_labels(labels, logits.shape[-1])
+        with evaluation_mode(model):
+            logits = logits_of(model(images))
+        check_labels(labels, logits)
+        if not logits.isfinite().all():
+            raise UserError('The logits are NaN or infinite: the weights are damaged or have diverged.')
         values = F.cross_entropy(logits, labels, reduction='none') if target == 'loss' \
             else logits.gather(1, labels[:, None])
         gradient, = torch.autograd.grad(values.sum(), images)
         if not gradient.isfinite().all():
             raise UserError('The gradient is NaN or infinite: the weights are damaged or have diverged.')
+        if not gradient.any():
+            raise UserError(f'The gradient of the {target} is zero for a whole batch: the logits are so large that '
+                            'they saturate, or the weights are damaged.')
         pixels = gradient / gradient.new_tensor(std).view(-1, 1, 1)
         spectra.append(radial_power_spectrum(pixels, window).mean(1).double().cpu())
         size = (images.shape[-2], images.shape[-1])

@@ -5,12 +5,18 @@ from typing import Any
 
 import torch
 
-from gmnet_timm.frequency.split import modes_per_bin
+from gmnet_timm.frequency.split import (
+    bin_power,
+    high_frequency_energy,
+    modes_per_bin,
+    spectral_centroid,
+    spectral_slope,
+)
 
 SIGNAL_NAMES = {
     'input': 'input', 'output': 'output', 'gate': 'gate operand', 'value': 'value operand', 'product': 'product'}
 
-__all__ = ['GateStatistics', 'LayerSpectrum', 'Signal', 'high_low_ratio']
+__all__ = ['GateStatistics', 'LayerSpectrum', 'Signal']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,22 +27,19 @@ class Signal:
         layout: How the tensor was read as maps: 'NCHW', 'NHWC', 'NLC', 'NCL', or 'other' such as windows.
         size: (H, W) of the maps. Bin k is k cycles per image, whatever the size.
         power: Sum of each radial bin, (images, bins), float64.
+        spectrum: Power by frequency, mean over images and channels, (H, W // 2 + 1), float64.
         channels: Number of channels that were looked at.
         all_channels: Number of channels that there are.
-        ratio_error: Standard error of `high_low_ratio` that comes from the choice of channels, 0 for all of them.
+        high_error: Standard error of `high` that comes from the choice of channels, 0 for all of them.
     """
 
     layout: str
     size: tuple[int, int]
     power: torch.Tensor
+    spectrum: torch.Tensor
     channels: int = 0
     all_channels: int = 0
-    ratio_error: float = 0.
-
-    @property
-    def cutoff(self) -> int:
-        """Last bin that counts as low: half of the Nyquist radius."""
-        return max(1, min(self.size) // 4)
+    high_error: float = 0.
 
     @property
     def per_mode(self) -> torch.Tensor:
@@ -44,14 +47,19 @@ class Signal:
         return self.power.mean(0) / modes_per_bin(*self.size)
 
     @property
-    def high_low_ratio(self) -> float:
-        """Energy beyond the cutoff over energy up to it, without the mean; NaN for maps without both."""
-        return high_low_ratio(self.power.mean(0), self.cutoff)
+    def high(self) -> float:
+        """Energy beyond a quarter cycle per pixel relative to white noise, as of `high_frequency_energy`."""
+        return high_frequency_energy(self.spectrum, self.size[1]).item()
 
     @property
-    def high_low_ratios(self) -> list[float]:
-        """The same of each image."""
-        return [high_low_ratio(power, self.cutoff) for power in self.power]
+    def centroid(self) -> float:
+        """Mean frequency relative to white noise, as of `spectral_centroid`."""
+        return spectral_centroid(self.spectrum, self.size[1]).item()
+
+    @property
+    def slope(self) -> float:
+        """Of the spectrum in log-log, as of `spectral_slope`."""
+        return spectral_slope(self.spectrum, self.size[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +76,7 @@ class GateStatistics:
         gain: Energy of the product over energy of the value operand, both without the mean.
         aliased: Share of the product's energy without the mean that lies beyond the frequencies of the map, and so
             folds back, measured by the same product on a grid that is twice as fine, for the first images.
-        predicted: Power of each radial bin by theory, (bins,), None where there is none.
+        predicted: Power by frequency in theory, mean over channels, (H, W // 2 + 1), None where there is none.
         theory: 'gaussian' for a function of one input that is taken as Gaussian, 'independent' for two operands that
             are taken as independent.
         value_mean: Mean of each channel of the value operand, (C,), which theory takes.
@@ -137,7 +145,7 @@ class LayerSpectrum:
         for name, signal in self.signals.items():
             per_mode = signal.per_mode.tolist()
             bounds = gain if gain is not None and signal is self.after else None
-            predicted = self.statistics.predicted if self.statistics is not None and name == 'product' else None
+            predicted = self._predicted_power() if name == 'product' else None
             for k, power in enumerate(signal.power.mean(0).tolist()):
                 rows.append(dict(
                     layer=self.name, kind=self.kind, signal=name, layout=signal.layout, height=signal.size[0],
@@ -149,19 +157,30 @@ class LayerSpectrum:
                 ))
         return rows
 
+    def _predicted_power(self) -> torch.Tensor | None:
+        """What theory predicts for the product, by radial bin, (bins,)."""
+        predicted = None if self.statistics is None else self.statistics.predicted
+        return None if predicted is None else bin_power(predicted, *self.signals['product'].size)
+
+    @property
+    def predicted_high(self) -> float:
+        """`Signal.high` of the product in theory, NaN where there is none."""
+        predicted = None if self.statistics is None else self.statistics.predicted
+        return math.nan if predicted is None else high_frequency_energy(
+            predicted, self.signals['product'].size[1]).item()
+
     def described(self) -> dict[str, str]:
         """The summary in words, for a person."""
         def number(value: float) -> str:
             return f'{value:.4g}' if math.isfinite(value) else 'undefined'
 
         found = {
-            f'{SIGNAL_NAMES[name]}, high/low': f'{number(signal.high_low_ratio)} ({signal.size[0]}×{signal.size[1]})'
+            f'{SIGNAL_NAMES[name]}, high': f'{number(signal.high)} ({signal.size[0]}×{signal.size[1]})'
             for name, signal in self.signals.items()}
         statistics = self.statistics
         if statistics is not None:
             if statistics.predicted is not None:
-                predicted = high_low_ratio(statistics.predicted, self.signals['product'].cutoff)
-                found[f'product in theory ({statistics.theory}), high/low'] = number(predicted)
+                found[f'product in theory ({statistics.theory}), high'] = number(self.predicted_high)
             found['aliased energy'] = f'{number(100 * statistics.aliased)} %'
             found['clipped below, above'] = (
                 f'{100 * statistics.clipped_low:.1f} %, {100 * statistics.clipped_high:.1f} %')
@@ -170,25 +189,17 @@ class LayerSpectrum:
         return found
 
     def summary_row(self) -> dict[str, Any]:
-        """One row for a CSV: ratios of high to low energy, and a gate's statistics."""
+        """One row for a CSV: summaries of the spectra, and a gate's statistics."""
         row: dict[str, Any] = dict(layer=self.name, kind=self.kind)
         for name in ('input', 'output', 'gate', 'value', 'product'):
             signal = self.signals.get(name)
             row[f'{name}_size'] = '' if signal is None else f'{signal.size[0]}x{signal.size[1]}'
             row[f'{name}_channels'] = '' if signal is None else f'{signal.channels} of {signal.all_channels}'
-            row[f'{name}_high_low'] = '' if signal is None else signal.high_low_ratio
-            row[f'{name}_high_low_error'] = '' if signal is None else signal.ratio_error
+            for measure in ('high', 'high_error', 'centroid', 'slope'):
+                row[f'{name}_{measure}'] = '' if signal is None else getattr(signal, measure)
         statistics = self.statistics
         for name in (
                 'pre_gate_std', 'gate_std', 'value_std', 'clipped_low', 'clipped_high', 'gain', 'aliased', 'theory'):
             row[name] = '' if statistics is None else getattr(statistics, name)
-        row['predicted_high_low'] = ''
-        if statistics is not None and statistics.predicted is not None:
-            row['predicted_high_low'] = high_low_ratio(statistics.predicted, self.signals['product'].cutoff)
+        row['predicted_high'] = '' if statistics is None else self.predicted_high
         return row
-
-
-def high_low_ratio(power: torch.Tensor, cutoff: int) -> float:
-    """Energy of the bins beyond the cutoff over energy up to it, without the mean; NaN where one has no bins."""
-    low, high = power[1:cutoff + 1].sum().item(), power[cutoff + 1:].sum().item()
-    return high / low if low and cutoff + 1 < len(power) else math.nan

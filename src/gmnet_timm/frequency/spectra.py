@@ -2,8 +2,11 @@
 import contextlib
 import fnmatch
 import itertools
+import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,24 +17,79 @@ from gmnet_timm.frequency.processes import gathered, share
 from gmnet_timm.frequency.progress import progress
 from gmnet_timm.frequency.signals import LayerSpectrum
 from gmnet_timm.frequency.tallies import GateTally, ModuleTally, Tally
-from gmnet_timm.frequency.tracing import FoundProduct, Product, Recorder, Trace, trace, uncompiled, watch_modules
+from gmnet_timm.frequency.tracing import (
+    FoundProduct,
+    Product,
+    Recorder,
+    Trace,
+    evaluation_mode,
+    trace,
+    uncompiled,
+    watch_modules,
+)
 
 __all__ = ['find_blocks', 'layer_spectra', 'list_layers', 'strongest_channels']
+
+_logger = logging.getLogger(__name__)
 
 KINDS = ('gate', 'activation', 'attention')
 
 
-def find_blocks(found: Trace) -> list[str]:
-    """The blocks of a model: called modules with parts, numbered in their names, that contain no other such module."""
-    numbered = {
-        name for (name, side), layout in found.modules.items()
-        if side == 'output' and layout is not None and re.search(r'(^|[._])\d+$', name) and '#' not in name
-        and any(True for _ in found.classes[name].children())
-    }
-    return [
-        name for name in dict.fromkeys(name for name, _ in found.modules)
-        if name in numbered and not any(other.startswith(f'{name}.') for other in numbered)
-    ]
+def find_blocks(model: nn.Module, found: Trace) -> tuple[list[str], list[str]]:
+    """The blocks of a model: what timm's `group_matcher` calls its blocks, else modules with numbered names.
+
+    Where timm groups whole stages, the numbered modules right below them are taken. By their names alone, blocks are
+    called modules with parts that contain no other such module.
+
+    Args:
+        model: The model.
+        found: What one pass of it did.
+
+    Returns:
+        Names of blocks in the order of the pass, those whose output holds maps, and those whose output does not.
+    """
+    called = [name for name in found.classes if '#' not in name and (name, 'output') in found.modules]
+    with_parts = [name for name in called if any(True for _ in found.classes[name].children())]
+    numbered = [name for name in with_parts if re.search(r'(^|[._])\d+$', name)]
+    matcher = getattr(model, 'group_matcher', lambda coarse: {})(coarse=False)
+    patterns = _block_patterns(matcher) if isinstance(matcher, dict) else []
+    blocks = [name for name in called if any(re.fullmatch(pattern, name) for pattern in patterns)]
+    if callable(matcher):
+        blocks = [name for name in _grouped(model, matcher) if name in called]
+    elif blocks:
+        parts = {name: [other for other in numbered if re.fullmatch(re.escape(name) + r'(\.[a-z_]+)?\.\d+', other)]
+                 for name in blocks}
+        is_stage = all(pattern.count(r'\d') == 1 for pattern in patterns)
+        blocks = [part for name in blocks for part in (parts[name] if is_stage and len(parts[name]) > 1 else [name])]
+    else:
+        blocks = [name for name in numbered if not any(other.startswith(f'{name}.') for other in numbered)]
+    order = {name: i for i, name in enumerate(dict.fromkeys(name for name, side in found.modules))}
+    blocks = sorted(set(blocks), key=order.__getitem__)
+    with_maps = [name for name in blocks if found.modules[name, 'output'] is not None]
+    return with_maps, [name for name in blocks if name not in with_maps]
+
+
+def chosen_blocks(model: nn.Module, found: Trace) -> list[str]:
+    """The blocks that hold maps; a warning names the others."""
+    blocks, others = find_blocks(model, found)
+    if others:
+        _logger.warning(f'Left out, as they hold no maps, or where positions are cannot be found: {listed(others)}.')
+    return blocks
+
+
+def _grouped(model: nn.Module, matcher: Callable[[str], Any]) -> list[str]:
+    """The modules that hold the parameters of one group each, where timm says the group by a function of names."""
+    groups: dict[Any, list[list[str]]] = {}
+    for name, _ in model.named_parameters():
+        groups.setdefault(matcher(name), []).append(name.split('.')[:-1])
+    return ['.'.join(os.path.commonprefix(paths)) for paths in groups.values()]
+
+
+def _block_patterns(matcher: dict[str, Any]) -> list[str]:
+    """What timm matches with the names of a model's blocks, [] where it does not say."""
+    entries = [entry for key, entry in matcher.items() if not key.startswith('stem')]
+    entries = [pair for entry in entries for pair in ([(entry, None)] if isinstance(entry, str) else entry)]
+    return [pattern for pattern, place in entries if place is None and r'\d' in pattern]
 
 
 def list_layers(
@@ -49,11 +107,13 @@ def list_layers(
     Returns:
         Name and kind of each, 'module' for blocks, in the model's order.
     """
-    found = trace(uncompiled(model), images, activations='activation' in kinds)
+    model = uncompiled(model)
+    with evaluation_mode(model):
+        found = trace(model, images, activations='activation' in kinds)
     products = _chosen_products(found, kinds, None)
     return [
         *((name, product.kind) for name, product in products.items()),
-        *((name, 'module') for name in find_blocks(found))]
+        *((name, 'module') for name in find_blocks(model, found)[0])]
 
 
 def strongest_channels(maps: torch.Tensor, count: int) -> list[int]:
@@ -80,7 +140,7 @@ def layer_spectra(
     With an initialised process group each process gives a part of the images, and all get the numbers of the whole.
 
     Args:
-        model: Any model that takes images, run on the device and in the mode it is left in.
+        model: Any model that takes images, in evaluation mode during the call.
         loader: Batches of normalised images (B, C, H, W) and labels.
         modules: Names of modules or patterns such as 'stages.*.blocks.0', whose input and output are looked at.
         gates: Names or patterns of products to look at. With neither, all gates; the blocks of a model without gates.
@@ -112,8 +172,9 @@ def layer_spectra(
     first = next(batches, None)
     watcher = None
     if first is not None:
-        watcher = _Watcher(model, first[:2], modules, gates, kinds, layout, window, channels, alias_images, on_maps)
-        watcher.run(itertools.chain([first], batches))
+        with evaluation_mode(model):
+            watcher = _Watcher(model, first[:2], modules, gates, kinds, layout, window, channels, alias_images, on_maps)
+            watcher.run(itertools.chain([first], batches))
     parts = [part for part in gathered(None if watcher is None else watcher.portable()) if part is not None]
     if not parts:
         raise UserError('There is no image to look at.')
@@ -130,7 +191,7 @@ class _Watcher:
         found = trace(model, images, activations=self.activations)
         products = _chosen_products(found, kinds, gates) if gates or modules is None else {}
         if modules is None and gates is None and not products:
-            modules = find_blocks(found)
+            modules = chosen_blocks(model, found)
         self.layouts = module_layouts(model, found, modules or [], layout)
         if not self.layouts and not products:
             raise UserError('The model has no gates and no blocks that hold maps. Name the modules to look at.')

@@ -16,8 +16,9 @@ import torch
 from gmnet_timm.errors import UserError
 
 __all__ = [
-    'check_corner', 'check_radii', 'default_radii', 'frequency_bands', 'largest_radius', 'log_amplitude_spectrum',
-    'modes_per_bin', 'num_radial_bins', 'radial_power_spectrum', 'spectrum_of', 'split_frequencies',
+    'check_corner', 'check_radii', 'default_radii', 'frequency_bands', 'high_frequency_energy', 'largest_radius',
+    'log_amplitude_spectrum', 'modes_per_bin', 'num_radial_bins', 'radial_power_spectrum', 'spectral_centroid',
+    'spectral_slope', 'spectrum_of', 'split_frequencies',
 ]
 
 
@@ -147,6 +148,70 @@ def bin_power(power: torch.Tensor, height: int, width: int) -> torch.Tensor:
     return bins.index_add(-1, bin_of.flatten(), power)
 
 
+def high_frequency_energy(power: torch.Tensor, width: int) -> torch.Tensor:
+    """Share of the energy beyond a quarter cycle per pixel, relative to that of white noise on the same map.
+
+    1 for white noise of every size and shape. NaN for maps that have no frequencies on one side of the quarter (sides
+    of three and less), or no energy besides their mean.
+
+    Args:
+        power: Power by frequency of `power_spectrum`, (..., H, W // 2 + 1).
+        width: W.
+
+    Returns:
+        One value per map, (...).
+    """
+    high, total = high_and_total_energy(power, width)
+    white_high, white_total = high_and_total_energy(torch.ones_like(power[(0,) * (power.dim() - 2)]), width)
+    if not 0 < white_high < white_total:
+        return torch.full_like(total, math.nan)
+    return high / total / (white_high / white_total)
+
+
+def high_and_total_energy(power: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Energy beyond a quarter cycle per pixel, and all but the mean's; arguments as for `high_frequency_energy`."""
+    height = power.shape[-2]
+    power = power * _without_mean(height, width, power.device)
+    v, u = _whole_frequencies(height, width, power.device)
+    is_high = 16 * ((v * width) ** 2 + (u * height) ** 2) > (height * width) ** 2  # whole numbers: nothing is rounded
+    return (power * is_high).sum((-2, -1)), power.sum((-2, -1))
+
+
+def spectral_centroid(power: torch.Tensor, width: int) -> torch.Tensor:
+    """Mean frequency of the energy in cycles per pixel, relative to that of white noise on the same map.
+
+    1 for white noise of every size and shape, NaN for maps with only one frequency or no energy besides their mean.
+    Arguments and result as for `high_frequency_energy`.
+    """
+    height = power.shape[-2]
+    weight, frequency = _without_mean(height, width, power.device), _cycles_per_pixel(height, width, power.device)
+    white = (weight * frequency).sum() / weight.sum()
+    if len(frequency[weight > 0].unique()) < 2:
+        return torch.full_like(power.sum((-2, -1)), math.nan)
+    return (power * weight * frequency).sum((-2, -1)) / (power * weight).sum((-2, -1)) / white
+
+
+def spectral_slope(power: torch.Tensor, width: int) -> float:
+    """Slope of the logarithm of power against that of frequency: 0 for white noise, -a for power as frequency^-a.
+
+    A least-squares line through all frequencies. Of noise, the logarithm of one map's power scatters: give the mean
+    over many. NaN for maps with only one frequency or no energy besides their mean.
+
+    Args:
+        power: Power by frequency of `power_spectrum`, (H, W // 2 + 1).
+        width: W.
+    """
+    height = power.shape[-2]
+    weight = _without_mean(height, width, power.device)
+    used = (weight > 0) & (power > 1e-12 * (power * (weight > 0)).max())  # rounding errors are no power
+    x = _cycles_per_pixel(height, width, power.device)[used].log()
+    if len(x.unique()) < 2:
+        return math.nan
+    y, weight = power[used].double().log(), weight[used].double()
+    x, y = (values - (values * weight).sum() / weight.sum() for values in (x, y))
+    return ((weight * x * y).sum() / (weight * x * x).sum()).item()
+
+
 def num_radial_bins(height: int, width: int) -> int:
     """Number of bins of `radial_power_spectrum` for a size: the mean, then one per cycle up to the corner."""
     return int(_corner(height, width) + .5) + 1
@@ -234,13 +299,30 @@ def _cached_by_size(fn):
     return wrapper
 
 
+def _whole_frequencies(height: int, width: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cycles over the height (H, 1) and over the width (W // 2 + 1,) of the frequencies of `rfft2`, without signs."""
+    v = torch.arange(height, device=device)
+    return torch.minimum(v, height - v)[:, None], torch.arange(width // 2 + 1, device=device)
+
+
 @_cached_by_size
 def _squared_radii(height: int, width: int, device: torch.device) -> torch.Tensor:
     """Squared radius of each frequency of `rfft2`, (H, W // 2 + 1), integers: no frequency is misplaced by rounding."""
-    v = torch.arange(height, device=device)
-    v = torch.minimum(v, height - v)
-    u = torch.arange(width // 2 + 1, device=device)
-    return v[:, None] ** 2 + u ** 2
+    v, u = _whole_frequencies(height, width, device)
+    return v ** 2 + u ** 2
+
+
+def _cycles_per_pixel(height: int, width: int, device: torch.device) -> torch.Tensor:
+    """Frequency of each coefficient of `rfft2`, (H, W // 2 + 1), float64."""
+    v, u = _whole_frequencies(height, width, device)
+    return ((v / height).double() ** 2 + (u / width).double() ** 2).sqrt()
+
+
+def _without_mean(height: int, width: int, device: torch.device) -> torch.Tensor:
+    """How often each frequency of `rfft2` is in the whole spectrum, (H, W // 2 + 1); the mean never."""
+    weight = _bins(height, width, device)[1].expand(height, -1).clone()
+    weight[0, 0] = 0
+    return weight
 
 
 @_cached_by_size

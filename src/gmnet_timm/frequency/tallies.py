@@ -11,8 +11,8 @@ from gmnet_timm.errors import UserError
 from gmnet_timm.frequency.gaussian import predict_independent, predict_pointwise
 from gmnet_timm.frequency.positions import Layout
 from gmnet_timm.frequency.processes import interleaved
-from gmnet_timm.frequency.signals import GateStatistics, LayerSpectrum, Signal, high_low_ratio
-from gmnet_timm.frequency.split import bin_power, power_spectrum
+from gmnet_timm.frequency.signals import GateStatistics, LayerSpectrum, Signal
+from gmnet_timm.frequency.split import bin_power, high_and_total_energy, high_frequency_energy, power_spectrum
 from gmnet_timm.frequency.tracing import Product
 
 __all__ = ['GateTally', 'ModuleTally', 'Tally']
@@ -29,9 +29,9 @@ class Tally:
         power: Of each batch, sum of each radial bin, mean over channels, (B, bins), float64.
         channels: Number of channels looked at.
         all_channels: Number of channels there are.
-        by_channel: Sum over images of the power spectrum of each channel, (C, H, W // 2 + 1), unless all are looked at.
+        by_channel: Sum over images of the power spectrum of each channel, (C, H, W // 2 + 1).
         mean: Sum over images of the mean of each channel, (C,), for gate and value.
-        spectrum: As `by_channel` but without a window and for any number of channels, for gate and value.
+        spectrum: As `by_channel` but without a window, for gate and value.
     """
 
     layout: Layout
@@ -54,10 +54,11 @@ class Tally:
         """Add maps; `operand` for those of which theory wants more."""
         height, width = maps.shape[-2:]
         power = power_spectrum(maps, window)
+        if not power.isfinite().all():
+            raise UserError('A feature is NaN or infinite: the weights are damaged or have diverged.')
         self.power.append(bin_power(power.mean(1).double(), height, width).cpu())
         total = power.sum(0).double().cpu()
-        if self.channels < self.all_channels:
-            self.by_channel = self.by_channel + total
+        self.by_channel = self.by_channel + total
         if operand:
             self.mean = self.mean + maps.mean((-2, -1)).sum(0).double().cpu()
             plain = total if window is None else power_spectrum(maps).sum(0).double().cpu()
@@ -75,12 +76,11 @@ class Tally:
 
     def signal(self) -> Signal:
         power = torch.cat(self.power)
-        signal = Signal(self.layout.name, self.layout.size, power, self.channels, self.all_channels)
-        if self.channels == self.all_channels:
-            return signal
-        by_channel = bin_power(self.by_channel, *self.layout.size)
-        return dataclasses.replace(
-            signal, ratio_error=_ratio_error(by_channel, signal.cutoff, self.channels / self.all_channels))
+        error = 0. if self.channels == self.all_channels else _high_error(
+            self.by_channel, self.layout.size[1], self.channels / self.all_channels)
+        return Signal(
+            self.layout.name, self.layout.size, power, self.by_channel.mean(0) / len(power), self.channels,
+            self.all_channels, error)
 
     @staticmethod
     def merged(parts: 'Sequence[Tally]') -> 'Tally':
@@ -89,15 +89,15 @@ class Tally:
             parts[0], power=[interleaved([torch.cat(part.power) for part in parts])], **sums)
 
 
-def _ratio_error(by_channel: torch.Tensor, cutoff: int, share: float) -> float:
-    """Standard error of the ratio of high to low energy from the choice of channels, for this share of all."""
-    low, high = by_channel[:, 1:cutoff + 1].sum(1), by_channel[:, cutoff + 1:].sum(1)
-    ratio = high_low_ratio(by_channel.sum(0), cutoff)
-    residual = high - ratio * low
+def _high_error(by_channel: torch.Tensor, width: int, share: float) -> float:
+    """Standard error of `high_frequency_energy` from the choice of channels, for this share of all."""
+    high, total = high_and_total_energy(by_channel, width)
     count = len(by_channel)
-    if count < 2 or not low.mean():
+    if count < 2 or not total.sum() or not high.sum():
         return math.nan
-    return math.sqrt((1 - share) * residual.square().sum().item() / (count - 1) / count) / low.mean().item()
+    residual = high - high.sum() / total.sum() * total
+    error = math.sqrt((1 - share) * residual.square().sum().item() / (count - 1) / count) / total.mean().item()
+    return error * high_frequency_energy(by_channel.sum(0), width).item() / (high.sum() / total.sum()).item()
 
 
 @dataclasses.dataclass

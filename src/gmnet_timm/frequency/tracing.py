@@ -14,7 +14,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from gmnet_timm.errors import UserError
 from gmnet_timm.frequency.positions import MOVES, Layout, Positions
 
-__all__ = ['FoundProduct', 'Product', 'Recorder', 'Trace', 'trace', 'uncompiled', 'watch_modules']
+__all__ = ['FoundProduct', 'Product', 'Recorder', 'Trace', 'evaluation_mode', 'trace', 'uncompiled', 'watch_modules']
 
 _ACTIVATIONS = {
     'relu', 'relu6', 'gelu', 'silu', 'sigmoid', 'hardsigmoid', 'hardswish', 'tanh', 'hardtanh', 'clamp', 'clamp_min',
@@ -144,6 +144,18 @@ def trace(model: nn.Module, images: torch.Tensor, *, activations: bool = False, 
     for name in recorder.statistics():
         del found.products[name]
     return found
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, and each of its modules back into its own: training would change statistics."""
+    training = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training:
+            module.training = mode
 
 
 @contextlib.contextmanager

@@ -148,6 +148,8 @@ def read_source(
     is_remote = str(spec).startswith(('hf-hub:', 'hf_hub:'))
     name, path = (None, _download(str(spec))) if is_remote else split_spec(spec)
     folder = path if path.is_dir() else None
+    if folder is None and str(spec).startswith('local-dir:'):
+        raise UserError(f'{spec} names no folder.')
     weights = read_checkpoint(_find_weights(path, checkpoint), use_ema=use_ema)
     try:
         state_dict, notes = to_authors(weights.state_dict)
@@ -229,9 +231,13 @@ def load_model(
         args = {**_input_args(timm_name, preprocessing), **(model_kwargs or {})}
         model = timm.create_model(timm_name, pretrained=True, **args).eval()
     except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as e:
-        near = '' if is_model_name(spec) or ':' in spec else f' {near_names(spec)}'
-        raise UserError(
-            f'{spec} is not a file, and timm cannot create a model with weights from it: {e}.{near}') from e
+        if ':' not in spec and not is_model_name(spec):
+            raise UserError(f'{spec} is neither a file or folder nor a model of timm. {near_names(spec)}') from e
+        known = timm.get_pretrained_cfg(spec) if ':' not in spec else None
+        if known is not None and not known.has_weights:
+            raise UserError(f'{spec} has no published weights. Give a checkpoint file, a folder of a training, or '
+                            'hf-hub:OWNER/NAME.') from e
+        raise UserError(f'{spec} cannot be loaded: {" ".join(str(e).split())[:400]}') from e
     _check_recorded(timm_name, model)
     cfg: dict[str, Any] = vars(model).get('pretrained_cfg') or {}
     labels = cfg.get('label_names')
@@ -292,7 +298,7 @@ def split_spec(spec: str | Path) -> tuple[str | None, Path]:
     """The name and the path of `NAME=FILE`, `local-dir:FOLDER` or a path, whose own name may have a `=` in it."""
     text = str(spec)
     if text.startswith('local-dir:'):
-        return None, Path(text.removeprefix('local-dir:'))
+        return None, Path(text.removeprefix('local-dir:') or 'local-dir:')
     name, equals, path = text.partition('=')
     if equals and not Path(text).exists():
         return name, Path(path)
@@ -308,7 +314,7 @@ def _find_weights(path: Path, checkpoint: str | None) -> Path:
     for name in names:
         if (path / name).is_file():
             return path / name
-    raise UserError(f'{path} has no {" or ".join(names)}.')
+    raise UserError(f'The folder {path} is neither a model nor a run of train.py: it has no {" or ".join(names)}.')
 
 
 def _has_config(weights: Path, folder: Path | None) -> bool:
