@@ -69,16 +69,18 @@ def plot_accuracy(
         chance: Accuracy at chance in percent, drawn as a line.
     """
     ax = _own(ax)
-    spread = min((b[0] - a[0] for points in lines.values() for a, b in zip(points, points[1:])), default=1.)
+    from matplotlib.transforms import offset_copy
     for i, (label, points) in enumerate(lines.items()):
         if not points:
             continue
         x, middle, low, high = (torch.tensor(values, dtype=torch.float64) for values in zip(*points, strict=True))
-        x = x + .1 * spread * (i - (len(lines) - 1) / 2)  # so that bars do not hide each other
+        aside = 3 * (i - (len(lines) - 1) / 2)  # points of the page, so that bars do not hide each other
         errors = torch.stack([middle - low, high - middle]).nan_to_num(0.).clamp(min=0)
         ax.errorbar(
             x, middle, yerr=errors, label=label, markersize=4.5, linewidth=1.3, elinewidth=.8, capsize=1.5,
-            **LINES[i % len(LINES)])
+            transform=offset_copy(ax.transData, ax.figure, aside, units='points'), **LINES[i % len(LINES)])
+        ax.update_datalim([*zip(x, low.nan_to_num(100.)), *zip(x, high.nan_to_num(0.)), *zip(x, middle)])
+    ax.autoscale_view()
     if chance is not None:
         ax.axhline(chance, color='gray', linewidth=.8, linestyle=(0, (2, 2)), label='chance')
     ax.set_ylim(bottom=0)
@@ -319,9 +321,12 @@ def draw_band_curves(curves: Curves, title: str = '', chance: float | None = Non
             plot_accuracy(lines, axis, chance=chance)
             axis.set_title('raw' if kind == 'raw' else f'{kind}, r = {radius} cycles/image', fontsize=10)
             axis.xaxis.get_major_locator().set_params(integer=True)
-            axis.set_xlabel('epoch')
-            axis.set_ylabel('top-1 (%)')
-            axis.tick_params(labelbottom=True, labelleft=True)
+            axis.set_xlabel('epoch' if row + 1 == len(radii[kind]) else '')
+            axis.tick_params(labelbottom=row + 1 == len(radii[kind]))
+    for row in axes:
+        outer = next(axis for axis in row if axis.axison)
+        outer.set_ylabel('top-1 (%)')
+        outer.tick_params(labelleft=True)
     return with_legend(figure, title, axes[0][0])
 
 
@@ -335,7 +340,7 @@ def draw_band_accuracy(curves: Curves, title: str = '', chance: float | None = N
         chance: Accuracy at chance in percent.
     """
     kinds = list(dict.fromkeys(kind for bands in curves.values() for kind, _ in bands if kind != 'raw'))
-    figure, axes = new_figure(1, max(1, len(kinds)), 4.2, 3.2, sharex=True, sharey=True)
+    figure, axes = new_figure(1, max(1, len(kinds)), 4.2, 3.2, sharey=True)
     for axis, kind in zip(axes[0], kinds):
         plot_accuracy({label: bands.get((kind, ''), []) for label, bands in curves.items()}, axis, chance=chance)
         for i, bands in enumerate(curves.values()):
@@ -343,8 +348,10 @@ def draw_band_accuracy(curves: Curves, title: str = '', chance: float | None = N
                 key: value for key, value in LINES[i % len(LINES)].items() if key in ('color', 'linestyle')})
         axis.set_title(f'{kind}; horizontal lines: raw images', fontsize=10)
         axis.set_xlabel('radius (cycles/image)')
-        axis.set_ylabel('top-1 (%)')
-        axis.tick_params(labelleft=True)
+        radii = sorted({point[0] for bands in curves.values() for point in bands.get((kind, ''), [])})
+        if len(radii) <= 12:
+            axis.set_xticks(radii, [f'{radius:g}' for radius in radii], fontsize=8)
+    axes[0][0].set_ylabel('top-1 (%)')
     tops = [max(y for y in point[1:] if not math.isnan(y)) for bands in curves.values()
             for points in bands.values() for point in points]
     axes[0][0].set_ylim(0, 1.05 * max(tops))  # the lines of raw images lie above what the panels hold

