@@ -75,13 +75,14 @@ def make_pictures(work: Path, target: Path) -> None:
         _gmnet_timm('demo', '--output', DEMO)
     demo, patches = f'local-dir:{DEMO}/model', ['--data-dir', f'{DEMO}/data']
     chelsea = photos / 'chelsea' / PHOTOS['chelsea']
-    for command, picture in (
+    commands: list[tuple[list[object], str]] = [
         (['image', chelsea, '--model', models[0], '--radii', 12, '--class-names', 'imagenet-1k'], 'chelsea.png'),
         (['amplitude', *models, '--data-dir', photos, '--workers', 0], 'amplitude.png'),
         (['eval', demo, *patches, '--radii', 1, 2, 3, 4, 6, 8, 12, 16, 24], 'eval.png'),
         (['layers', demo, *patches, '--channels', 'all', '--num-images', 64], 'layers.png'),
-    ):
-        output = work / command[0]
+    ]
+    for command, picture in commands:
+        output = work / str(command[0])
         _gmnet_timm('freq', *command, '--force', '--output', output)
         shutil.copy(output / picture, target / ('image.png' if command[0] == 'image' else picture))
 

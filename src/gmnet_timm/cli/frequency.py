@@ -54,28 +54,50 @@ def _add_eval(commands) -> None:
     add_data(parser)
     add_split(parser, [12., 24., 36.])
     add_bands(parser)
+    parser.add_argument('--baseline', metavar='MODEL', help='model that the others are compared with (default: first)')
     add_machine(parser)
     add_figures(parser)
 
 
 def _run_eval(args: argparse.Namespace) -> None:
-    """Evaluate models on images with only some of their frequencies. Writes eval.csv, eval.json and a figure."""
+    """Evaluate models on images with only some of their frequencies.
+
+    Writes eval.csv, eval.json, a figure, and each image's answer to eval-answers.npz. Several models are compared with
+    the first one, or with --baseline, on the same images: eval-paired.csv.
+    """
     from gmnet_timm.frequency.evaluation import band_curves, evaluate_model, report_rows
     from gmnet_timm.frequency.plots import draw_band_accuracy
-    from gmnet_timm.frequency.reports import format_table, write_csv, write_json
+    from gmnet_timm.frequency.reports import (
+        format_paired,
+        format_table,
+        paired_rows,
+        write_answers,
+        write_csv,
+        write_json,
+    )
 
     settings = eval_settings(args)
-    check_output(args, 'eval.csv', 'eval.json', figures=['eval'])
+    if args.baseline is not None and args.baseline not in args.models:
+        raise UserError(f'--baseline {args.baseline} is not among the models.')
+    check_output(args, 'eval.csv', 'eval.json', 'eval-answers.npz', 'eval-paired.csv', figures=['eval'])
     with Machine(args) as machine:
         models = [load(spec, args) for spec in args.models]
         reports = [evaluate_model(model, settings, **machine.kwargs) for model in models]
         if machine.rank:
             return
     write_csv([row for report in reports for row in report_rows(report)], args.output / 'eval.csv')
+    labels = labels_of(models)
+    accuracies = {label: report.pop('accuracies') for label, report in zip(labels, reports, strict=True)}
     write_json(reports, args.output / 'eval.json')
     print(format_table(reports))
+    write_answers(accuracies, args.output / 'eval-answers.npz')
+    if len(models) > 1:
+        baseline = labels[args.models.index(args.baseline or args.models[0])]
+        rows = paired_rows(accuracies, baseline)
+        write_csv(rows, args.output / 'eval-paired.csv')
+        print(f'\n{format_paired(rows)}')
     print(f'\n{args.output / "eval.csv"}, {args.output / "eval.json"}')
-    curves = band_curves({label: report['results'] for label, report in zip(labels_of(models), reports, strict=True)})
+    curves = band_curves({label: report['results'] for label, report in zip(labels, reports, strict=True)})
     title = f'{reports[0]["results"][0]["count"]} images, bars: 95 % intervals'
     level = chance_level([report['num_classes'] for report in reports])
     save_figures(args, 'eval', lambda: draw_band_accuracy(curves, title, level))

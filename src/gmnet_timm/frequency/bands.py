@@ -10,6 +10,7 @@ from torch import nn
 
 from gmnet_timm.errors import UserError
 from gmnet_timm.frequency.intervals import wilson_interval
+from gmnet_timm.frequency.processes import gathered, interleaved
 from gmnet_timm.frequency.progress import progress
 from gmnet_timm.frequency.split import check_radii, frequency_bands, restore, spectrum_of
 from gmnet_timm.frequency.tracing import evaluation_mode
@@ -70,12 +71,21 @@ class Band:
 
 @dataclasses.dataclass(frozen=True)
 class BandAccuracy:
-    """How many images of one band were classified correctly."""
+    """How many images of one band were classified correctly.
+
+    Attributes:
+        band: Which frequencies were kept.
+        correct1: Images whose likeliest class is theirs.
+        correct5: Images whose class is among the five likeliest.
+        count: Number of images.
+        answers: Of each image in the order of the data, whether it is among `correct1`, (images,), bool.
+    """
 
     band: Band
     correct1: int
     correct5: int
     count: int
+    answers: torch.Tensor = dataclasses.field(default_factory=lambda: torch.empty(0, dtype=torch.bool), compare=False)
 
     @property
     def top1(self) -> float:
@@ -227,6 +237,7 @@ def evaluate_bands(
     device = next(model.parameters()).device
     autocast = torch.autocast(device.type, dtype=amp_dtype) if amp_dtype else contextlib.nullcontext()
     counts = torch.zeros(len(bands), 4, dtype=torch.long, device=device)
+    answers: list[list[torch.Tensor]] = [[torch.empty(0, dtype=torch.bool)] for _ in bands]
     for images, targets in progress(loader, 'bands', 'batch', show=show_progress):
         # not around the loader, whose collectives some versions of torch refuse in inference mode
         with torch.inference_mode(), evaluation_mode(model):
@@ -234,7 +245,9 @@ def evaluate_bands(
             for i, x in enumerate(band_images(images, bands, options, mean, std)):
                 with autocast:
                     logits = logits_of(model(x))
-                counts[i] += _count_correct(logits, targets)
+                found, right = _count_correct(logits, targets)
+                counts[i] += found
+                answers[i].append(right.cpu())
     if dist.is_available() and dist.is_initialized():
         dist.all_reduce(counts)
     if counts[0, 2] == 0:
@@ -244,7 +257,9 @@ def evaluate_bands(
             raise UserError(
                 f'{band}: the logits of {broken} of {count} images are NaN or infinite, which is neither right nor '
                 f'wrong. {"Evaluate without --amp." if amp_dtype else "The weights are damaged or have diverged."}')
-    return [BandAccuracy(band, *row[:3]) for band, row in zip(bands, counts.tolist(), strict=True)]
+    whole = interleaved(gathered(torch.stack([torch.cat(parts) for parts in answers], 1)))
+    return [BandAccuracy(band, correct1, correct5, count, whole[:, i])
+            for i, (band, (correct1, correct5, count, _)) in enumerate(zip(bands, counts.tolist()))]
 
 
 def logits_of(output: Any) -> torch.Tensor:
@@ -260,12 +275,13 @@ def logits_of(output: Any) -> torch.Tensor:
     return logits
 
 
-def _count_correct(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Correct within the first, correct within the first five, all, and those without finite logits."""
+def _count_correct(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Correct within the first, within the first five, all, and those without finite logits; and which are correct."""
     check_labels(targets, logits)
     ranked = logits.topk(min(5, logits.shape[-1])).indices == targets[:, None]
     broken = (~logits.isfinite().all(-1)).sum()
-    return torch.stack([ranked[:, 0].sum(), ranked.sum(), ranked.new_tensor(len(targets), dtype=torch.long), broken])
+    all_images = ranked.new_tensor(len(targets), dtype=torch.long)
+    return torch.stack([ranked[:, 0].sum(), ranked.sum(), all_images, broken]), ranked[:, 0]
 
 
 def check_labels(targets: torch.Tensor, logits: torch.Tensor) -> None:

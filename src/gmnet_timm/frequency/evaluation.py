@@ -65,7 +65,8 @@ def evaluate_model(
         root_from: Where the folder of the data was stated, for error messages.
 
     Returns:
-        A report that `json.dump` takes: results by band, and everything needed to repeat them.
+        A report that `json.dump` takes once `accuracies`, those of `evaluate_bands`, are taken out of it: results by
+        band, and everything needed to repeat them.
 
     Raises:
         UserError: As by `evaluate_bands` and `create_band_loader`, or a radius beyond the corner of the spectrum.
@@ -102,6 +103,7 @@ def evaluate_model(
         name=model.name,
         provenance=model.provenance,
         results=[result.as_row() for result in results],
+        accuracies=results,
         num_classes=getattr(model.model, 'num_classes', None),
         class_names=model.class_names,
         skipped=loader.skipped,

@@ -549,7 +549,7 @@ def draw_maps(maps: Mapping[str, torch.Tensor], channels: Sequence[int], title: 
     return figure
 
 
-def save_figure(figure: Any, path: Path, force: bool = True) -> None:
+def save_figure(figure: Any, path: str | Path, force: bool = True) -> None:
     """Write a figure as PNG, PDF or SVG, by the suffix of the path; fonts stay text in PDF and SVG.
 
     Raises:

@@ -2,13 +2,19 @@
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gmnet_timm.files import write_text
+import numpy as np
 
-__all__ = ['csv_text', 'format_table', 'read_csv', 'write_csv', 'write_json']
+from gmnet_timm.files import replacing, write_text
+from gmnet_timm.frequency.bands import BandAccuracy
+from gmnet_timm.frequency.paired import compare_bands
+
+__all__ = [
+    'csv_text', 'format_paired', 'format_table', 'paired_rows', 'read_csv', 'write_answers', 'write_csv', 'write_json',
+]
 
 
 def format_table(reports: Sequence[dict[str, Any]]) -> str:
@@ -27,6 +33,40 @@ def format_table(reports: Sequence[dict[str, Any]]) -> str:
     else:
         lines += [f'{name}: {note}' for name, note in notes.items()]
     return '\n'.join([*lines, _describe_split(reports[0])])
+
+
+def paired_rows(accuracies: Mapping[str, Sequence[BandAccuracy]], baseline: str) -> list[dict[str, Any]]:
+    """Models against a baseline on the same images, one row per model and band.
+
+    Args:
+        accuracies: Results of `evaluate_bands` by the label of the model.
+        baseline: One of the labels.
+
+    Raises:
+        UserError: The images are not the same.
+    """
+    return [
+        dict(model=label, baseline=baseline, band=str(accuracy.band), **found.as_row())
+        for label, results in accuracies.items() if label != baseline
+        for accuracy, found in zip(results, compare_bands(results, accuracies[baseline]), strict=True)
+    ]
+
+
+def format_paired(rows: Sequence[dict[str, Any]]) -> str:
+    """Differences in percentage points with their intervals and p values, one line per model and band."""
+    lines = [f'top-1 minus that of {rows[0]["baseline"]} on the same images, in points (95 %), and p by McNemar, exact']
+    lines += [
+        f'{row["model"]}  {row["band"]:<16} {row["difference"]:+.1f} ({row["difference_low"]:+.1f} to '
+        f'{row["difference_high"]:+.1f})  p {row["p_value"]:.2g}' for row in rows]
+    return '\n'.join([*lines, 'The p values are not corrected for the number of comparisons.'])
+
+
+def write_answers(accuracies: Mapping[str, Sequence[BandAccuracy]], path: Path) -> None:
+    """Write whether each answer was right: an array (bands, images) per model, and the names of the bands."""
+    arrays = {label: np.stack([found.answers.numpy() for found in results]) for label, results in accuracies.items()}
+    bands = np.array([str(found.band) for found in next(iter(accuracies.values()))])
+    with replacing(path) as temporary:
+        np.savez_compressed(temporary, bands=bands, **arrays)  # type: ignore[arg-type]
 
 
 def _sorted_results(report: dict[str, Any]) -> list[dict[str, Any]]:

@@ -1,0 +1,81 @@
+"""Paired comparisons, against statsmodels and by how often intervals hold the truth."""
+import csv
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from statsmodels.stats.contingency_tables import mcnemar
+
+from gmnet_timm.cli.main import main
+from gmnet_timm.errors import UserError
+from gmnet_timm.frequency import PairedDifference, evaluate_bands, paired_difference
+
+
+@pytest.mark.parametrize('only_model, only_baseline', [(0, 0), (5, 0), (3, 11), (40, 22), (7, 7)])
+def test_p_value_is_that_of_statsmodels(only_model, only_baseline):
+    found = PairedDifference(only_model, only_baseline, 200)
+    table = [[100, only_model], [only_baseline, 100 - only_model - only_baseline]]
+    expected = mcnemar(table, exact=True).pvalue if only_model + only_baseline else 1
+    assert found.p_value == pytest.approx(min(1, expected))
+    assert found.difference == pytest.approx((only_model - only_baseline) / 2)
+
+
+@pytest.mark.parametrize('count, model, baseline', [(50, .1, .05), (300, .08, .08), (1000, .02, .01)])
+def test_intervals_hold_the_truth(count, model, baseline):
+    rng = np.random.default_rng(0)
+    draws = rng.multinomial(count, [model, baseline, 1 - model - baseline], size=3000)
+    held = 0
+    for only_model, only_baseline, _ in draws:
+        low, high = PairedDifference(int(only_model), int(only_baseline), count).interval()
+        held += low <= 100 * (model - baseline) <= high
+    assert .935 < held / len(draws) < .985
+
+
+def test_the_same_images_say_more_than_two_accuracies():
+    """71 and 70 of 100 right: nothing by two intervals, but if 1 image differs, or 41, is another matter."""
+    baseline = torch.arange(100) < 70
+    one = torch.arange(100) < 71
+    found = paired_difference(one, baseline)
+    assert (found.only_model, found.only_baseline, found.p_value) == (1, 0, 1.)
+    with pytest.raises(UserError, match='cannot be paired'):
+        paired_difference(one[:50], baseline)
+
+
+def test_answers_are_those_that_are_counted():
+    model = timm.create_model('gmnet_s1', base_dim=4, depths=(1, 1, 1, 1), num_classes=2).eval()
+    images, labels = torch.randn(9, 3, 32, 32), torch.arange(9) % 2
+    found = evaluate_bands(model, [(images[:5], labels[:5]), (images[5:], labels[5:])], [3], show_progress=False)
+    for band in found:
+        assert band.answers.shape == (9,) and int(band.answers.sum()) == band.correct1
+    with torch.no_grad():
+        assert torch.equal(found[0].answers, model(images).argmax(1) == labels)
+
+
+def test_command(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for name in 'ab':
+        (tmp_path / 'data' / name).mkdir(parents=True)
+        for i in range(6):
+            pixels = rng.integers(0, 255, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / 'data' / name / f'{i}.png')
+    specs = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        model = timm.create_model('gmnet_s1', base_dim=4, depths=(1, 1, 1, 1), num_classes=2)
+        torch.save(model.state_dict(), tmp_path / f'{seed}.pth')
+        specs.append(str(tmp_path / f'{seed}.pth'))
+    argv = ['freq', 'eval', *specs, '--data-dir', str(tmp_path / 'data'), '--img-size', '32', '--radii', '4',
+            '--workers', '0', '--no-figure', '--output', str(tmp_path / 'out')]
+    assert main([*argv, '--baseline', specs[1]]) == 0
+    assert 'on the same images' in capsys.readouterr().out
+    with (tmp_path / 'out' / 'eval-paired.csv').open(newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert [row['band'] for row in rows] == ['raw', 'low 4', 'high 4']
+    with np.load(tmp_path / 'out' / 'eval-answers.npz') as answers:
+        (first, second) = (answers[name] for name in answers.files if name != 'bands')
+        assert answers['bands'].tolist() == ['raw', 'low 4', 'high 4'] and first.shape == second.shape == (3, 12)
+        for row, one, other in zip(rows, first, second):
+            assert int(row['only_model']) == int((one & ~other).sum())
+    assert main([*argv, '--baseline', 'other']) == 1
