@@ -101,7 +101,6 @@ def _run_convert(args: argparse.Namespace) -> None:
     import torch
 
     from gmnet_timm.weights.convert import cast, save_weights
-    from gmnet_timm.weights.files import weights_sha256
     from gmnet_timm.weights.layouts import named_as, to_timm
     from gmnet_timm.weights.model import read_source
 
@@ -113,11 +112,11 @@ def _run_convert(args: argparse.Namespace) -> None:
     if args.layout:
         state_dict = to_timm(source.state_dict) if args.layout == 'timm' else source.state_dict
     state_dict = cast(state_dict, getattr(torch, args.dtype)) if args.dtype else state_dict
-    save_weights(state_dict, args.target, source.description, force=args.force)
+    sha256 = save_weights(state_dict, args.target, source.description, force=args.force)
     checked = source.checkpoint.protection
     print(
         f'{args.target}: {len(state_dict)} tensors from {source.checkpoint.path}, '
         f'{f"checked against its {checked}" if checked else "which has no checksum, so a flipped bit goes unnoticed"}')
     if args.target.endswith(('.pth', '.pt', '.bin')):
         print(f'{args.target} records no model. It is {source.description}')
-    print(f'weights sha256 {weights_sha256(state_dict)}')
+    print(f'weights sha256 {sha256}')

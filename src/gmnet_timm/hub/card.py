@@ -1,4 +1,5 @@
 """The model card of a published repository: only what is known, and where it is known from."""
+import copy
 import html
 import re
 from collections.abc import Sequence
@@ -72,7 +73,7 @@ def model_card(
         data.model_name = None  # it would only name an empty model-index
     sections = [
         f'# {_text(name)}\n\n{_description(publication)}',
-        f'## Model\n\n{_facts(publication)}',
+        f'## Model\n\n{_facts(publication, model)}',
         f'## Use\n\n{usage(publication.source, model, model_id, onnx)}',
         f'## Evaluation\n\n{_evaluation(publication, train_datasets)}',
         f'## Comparison\n\n{_comparison(publication)}',
@@ -93,9 +94,9 @@ def _description(publication: Publication) -> str:
     )
 
 
-def _facts(publication: Publication) -> str:
+def _facts(publication: Publication, model: Any) -> str:
     source = publication.source
-    model, config = source.description.create(device='meta'), source.data_config
+    model, config = copy.deepcopy(model).to('meta'), source.data_config  # where counting costs nothing
     args = source.description.full_args
     params = sum(parameter.numel() for parameter in model.parameters())
     rows = {

@@ -22,7 +22,6 @@ from gmnet_timm.hub.onnx import ONNX_NAME, find_difference, require_onnx, write_
 from gmnet_timm.hub.publication import Publication
 from gmnet_timm.weights.config import CARD_NAME, CONFIG_NAME, LOCATION_KEYS, WEIGHTS_NAME
 from gmnet_timm.weights.convert import save_weights
-from gmnet_timm.weights.files import weights_sha256
 from gmnet_timm.weights.layouts import named_as
 from gmnet_timm.weights.model import Source
 
@@ -122,7 +121,7 @@ def _write_files(
     if license is not None:
         cfg['license'] = license
     model.pretrained_cfg = cfg
-    save_weights(model.state_dict(), folder / WEIGHTS_NAME, description, force=True)
+    sha256 = save_weights(model.state_dict(), folder / WEIGHTS_NAME, description, force=True)
     save_config_for_hf(
         model,
         folder / CONFIG_NAME,  # type: ignore[arg-type]  # timm before 1.0.30 says str and needs a Path
@@ -132,7 +131,7 @@ def _write_files(
     if source.config is not None:  # what is not understood here is kept
         for written, before in ((config, source.config.others), (config['pretrained_cfg'], kept)):
             written.update({key: value for key, value in before.items() if key not in written})
-    config.update(architecture=description.size, weights_sha256=weights_sha256(model.state_dict()))
+    config.update(architecture=description.size, weights_sha256=sha256)
     config.pop('model_args', None)
     # num_classes has an entry of its own, and transformers passes both to `create_model`
     if description.distinct_args:

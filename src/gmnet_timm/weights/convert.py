@@ -35,7 +35,7 @@ def save_weights(
         path: str | Path,
         description: ModelDescription,
         force: bool = False,
-) -> None:
+) -> str:
     """Write weights in the format that the suffix of `path` names.
 
     `.safetensors` records the description and a SHA-256 of the weights in its metadata; `.pth.tar` has the weights
@@ -48,6 +48,9 @@ def save_weights(
         description: The model that the weights belong to.
         force: Replace an existing file.
 
+    Returns:
+        SHA-256 of the weights, as of `weights_sha256`.
+
     Raises:
         FileExistsError: `path` exists and `force` is not set.
         UserError: Its suffix is unknown, or it cannot be written.
@@ -57,16 +60,19 @@ def save_weights(
         raise UserError(f'{path.name} names no format: end it in one of {", ".join(SUFFIXES)}.')
     # safetensors takes no tensors that share memory
     state_dict = {key: value.detach().clone(memory_format=torch.contiguous_format) for key, value in state_dict.items()}
+    sha256 = weights_sha256(state_dict)
     with replacing(path, force=force) as temporary:
         if path.suffix == '.safetensors':
-            temporary.write_bytes(_safetensors(state_dict, description))
+            temporary.write_bytes(_safetensors(state_dict, sha256, description))
         elif path.suffix == '.tar':
             torch.save({'state_dict': state_dict, 'arch': description.size, 'args': _as_train_args(description)},
                        temporary)
         else:
             torch.save(state_dict, temporary)
-        if weights_sha256(read_checkpoint(temporary).state_dict) != weights_sha256(state_dict):
+        again = read_checkpoint(temporary)  # which compares a recorded SHA-256 with the tensors
+        if sha256 != (again.metadata.get(SHA256_KEY) or weights_sha256(again.state_dict)):
             raise UserError(f'{path} was not written: what was read back differs. Check the disk.')
+    return sha256
 
 
 def _as_train_args(description: ModelDescription) -> dict[str, Any]:
@@ -82,7 +88,7 @@ def _as_train_args(description: ModelDescription) -> dict[str, Any]:
     )
 
 
-def _safetensors(state_dict: dict[str, torch.Tensor], description: ModelDescription) -> bytes:
+def _safetensors(state_dict: dict[str, torch.Tensor], sha256: str, description: ModelDescription) -> bytes:
     """A safetensors file with hash and description in its metadata.
 
     The library writes metadata in random order: the same weights would be a new file, and a new commit, each time.
@@ -90,7 +96,7 @@ def _safetensors(state_dict: dict[str, torch.Tensor], description: ModelDescript
     raw = save(state_dict)
     start = 8 + struct.unpack('<Q', raw[:8])[0]
     # transformers asks for the format
-    metadata = {'format': 'pt', SHA256_KEY: weights_sha256(state_dict), **description.as_metadata()}
+    metadata = {'format': 'pt', SHA256_KEY: sha256, **description.as_metadata()}
     header = json.dumps({'__metadata__': metadata, **json.loads(raw[8:start])}, separators=(',', ':')).encode()
     header += b' ' * (-len(header) % 8)  # keeps the tensors aligned
     return struct.pack('<Q', len(header)) + header + raw[start:]
