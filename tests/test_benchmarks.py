@@ -120,6 +120,7 @@ def test_roofline():
     assert peak.roofline_ms(dataclasses.replace(work, macs=0), 10, 'tf32') == pytest.approx(0.8)  # 4 bytes in memory
 
 
+@pytest.mark.slow
 def test_latency_rows():
     rows, peak = measure(dataclasses.replace(SETTINGS, fused=(False, True)), log=lambda line: None)
     assert [row.case.fused for row in rows] == [False, True]
@@ -172,6 +173,7 @@ def test_sweep_ends_at_the_best_batch_or_a_failure():
     assert not past_its_best(CASE, [row(1, 10), other])
 
 
+@pytest.mark.slow
 def test_throughput_and_training():
     rows, _ = measure(dataclasses.replace(SETTINGS, mode='throughput', batch_size=2), log=lambda line: None)
     assert [row.case.batch_size for row in rows] == [1, 2]
@@ -183,6 +185,7 @@ def test_throughput_and_training():
     assert 4 * 4 * params / 2 ** 20 < rows[0].memory_mb < 1000
 
 
+@pytest.mark.slow
 def test_memory():
     settings = dataclasses.replace(
         SETTINGS, mode='memory', batch_size=2, fused=(False,), models=('gmnet_s1', 'gmnet_s1 recompute_gate=True'),
@@ -349,6 +352,7 @@ def test_smoke(tmp_path, mode, options):
                for r, s in status.items()), status
 
 
+@pytest.mark.slow
 def test_unknown_model():
     command = [sys.executable, '-m', 'benchmarks', 'run', 'latency', '--smoke', '--models', 'gmnet_s9']
     run = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)

@@ -126,6 +126,7 @@ def test_plan_holds_one_model_at_a_time():
     assert [len(cases) for cases in on_cpu] == [8, 8, 8]
 
 
+@pytest.mark.slow
 def test_time_is_up():
     settings = dataclasses.replace(SETTINGS, device='cpu', dtypes=('float32',), minutes=1e-9, batch_sizes=(1,))
     rows, _ = measure(settings, log=lambda line: None)

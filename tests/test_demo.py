@@ -172,6 +172,7 @@ def test_prediction_grid_shows_validation_patches(report):
     assert found == len(tiles) == 16
 
 
+@pytest.mark.slow
 def test_same_seed_same_numbers(report, tmp_path):
     again = demo.run_demo(tmp_path, **TINY)
     _assert_same_run(again.run, report.run)

@@ -136,6 +136,7 @@ def _assert_gated(actual, model, base, gate, act_layer=None, tolerance=1e-9):
 @pytest.mark.parametrize('act_layer', ACTS)
 @pytest.mark.parametrize('gate', GATES)
 @pytest.mark.parametrize('base', BASES)
+@pytest.mark.slow
 def test_variant_equals_its_definition(base, gate, act_layer):
     model = _create(f'{base}_{gate}', num_classes=10, **(dict(act_layer=act_layer) if act_layer else {}))
     x = _images()
@@ -147,6 +148,7 @@ def test_variant_equals_its_definition(base, gate, act_layer):
 @pytest.mark.parametrize('act_layer', ACTS)
 @pytest.mark.parametrize('feature_cls', FEATURES)
 @pytest.mark.parametrize('base', BASES)
+@pytest.mark.slow
 def test_features_of_variants_are_gated_too(base, feature_cls, act_layer):
     kwargs = dict(features_only=True, **{
         key: value for key, value in (('feature_cls', feature_cls), ('act_layer', act_layer)) if value})
@@ -181,6 +183,7 @@ def test_pruned_variants_are_gated(base, index):
 @pytest.mark.parametrize('act_layer', ACTS)
 @pytest.mark.parametrize('features', [None, 'list'])
 @pytest.mark.parametrize('base', BASES)
+@pytest.mark.slow
 def test_scripted_variants_are_gated(base, features, act_layer):
     kwargs = dict(act_layer=act_layer) if act_layer else {}
     model = _create(f'{base}_ewp', **kwargs, **(dict(features_only=True, feature_cls=features) if features else {}))
@@ -248,6 +251,7 @@ def test_variant_takes_what_the_original_takes(base):
 
 @pytest.mark.parametrize('features_only', [False, True])
 @pytest.mark.parametrize('base', BASES)
+@pytest.mark.slow
 def test_weights_load_from_a_file(base, features_only, tmp_path):
     original = _create(base, num_classes=10)
     torch.save(original.state_dict(), tmp_path / 'weights.pth')
@@ -300,6 +304,7 @@ def test_activations_by_name(act):
 
 
 @pytest.mark.parametrize('gate', ['identity', 'fc', 'dw', 'ln'])
+@pytest.mark.slow
 def test_gates_fuse_script_and_compile(gate):
     torch.manual_seed(0)
     args = dict(base_dim=8, depths=(1, 1, 2, 1), gate=gate, init_values=.5, num_classes=5)

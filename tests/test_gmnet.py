@@ -233,6 +233,7 @@ def test_no_layer_scale_matches_authors(init_values):
     close(logits.norm(), EXPECTED['s3']['2x96x96']['logits_norm'])
 
 
+@pytest.mark.slow
 def test_no_layer_scale_is_a_scale_of_one():
     scaled, model = timm.create_model('gmnet_s3', init_values=1., dtype=torch.float64).eval(), without_layer_scale()
     gammas = {key: value for key, value in scaled.state_dict().items() if key.endswith('.gamma')}
@@ -248,6 +249,7 @@ def test_no_layer_scale_is_a_scale_of_one():
 
 
 @pytest.mark.filterwarnings('ignore:.*torch.jit.*deprecated')
+@pytest.mark.slow
 def test_no_layer_scale_fuses_and_scripts():
     model = randomize(without_layer_scale(num_classes=10))
     x = reference.image(2, 64, 64)
@@ -434,6 +436,7 @@ def test_output_stride_computes_the_same_features_denser(output_stride):
 
 @pytest.mark.filterwarnings('ignore:.*torch.jit.*deprecated')
 @pytest.mark.parametrize('fuse', [False, True])
+@pytest.mark.slow
 def test_torchscript(fuse):
     model = create()
     model = reparameterize_model(model) if fuse else model
@@ -455,6 +458,7 @@ def test_fx():
 
 
 @pytest.mark.parametrize('train', [False, True])
+@pytest.mark.slow
 def test_compile_without_graph_breaks(train):
     model = create().train(train)
     x = torch.randn(2, 3, 64, 64)
@@ -473,6 +477,7 @@ def test_compile_with_inductor(fuse):
 
 
 @pytest.mark.parametrize('fuse', [False, True])
+@pytest.mark.slow
 def test_export_with_dynamic_batch(fuse):
     model = create()
     model = reparameterize_model(model) if fuse else model

@@ -261,6 +261,7 @@ def test_forward_mode():
 
 @pytest.mark.filterwarnings('ignore:.*torch.jit.*deprecated')
 @pytest.mark.parametrize('how', ['eval', 'script', 'export', 'compile', 'unasked'])
+@pytest.mark.slow
 def test_no_trace_elsewhere(how, monkeypatch):
     def forbidden(*args, **kwargs):
         raise AssertionError('computed twice')

@@ -169,6 +169,7 @@ def shell(command, **env):
 
 
 @pytest.mark.skipif(not os.path.exists('/dev/full'), reason='there is no /dev/full')
+@pytest.mark.slow
 def test_streams_that_cannot_be_written():
     command = f'{sys.executable} -m gmnet_timm info'
     full = shell(f'{command} > /dev/full')

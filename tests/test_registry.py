@@ -34,15 +34,17 @@ CREATE = "assert timm.create_model('gmnet_s1').num_classes == 1000; print(timm.l
 
 @pytest.mark.parametrize('imports', [
     'import timm',
-    'import timm.layers, timm',
-    'from timm.models.resnet import ResNet; import timm',
-    'import torch, gmnet_timm, timm',
+    *(pytest.param(imports, marks=pytest.mark.slow) for imports in (
+        'import timm.layers, timm',
+        'from timm.models.resnet import ResNet; import timm',
+        'import torch, gmnet_timm, timm')),
 ])
 def test_no_import_is_needed_in_any_order(imports):
     """With the real packages. tests/test_autoload.py has all orders of stand-ins, which are imported in no time."""
     assert run(f'{imports}; {CREATE}') == str(list(SIZES))
 
 
+@pytest.mark.slow
 def test_autoload_can_be_turned_off():
     """timm then says what README.md and docs/training.md quote, with the remedy that is tested here."""
     output = run('''
@@ -61,6 +63,7 @@ def test_autoload_can_be_turned_off():
         assert '`Unknown model (gmnet_s3)`' in (ROOT / document).read_text()
 
 
+@pytest.mark.slow
 def test_leftover_entry_point(tmp_path):
     """Its module is gone. torch says what README.md and docs/training.md quote; both remedies help."""
     metadata = tmp_path / 'gmnet_timm-0.1.0.dist-info'
@@ -96,6 +99,7 @@ def test_public_names():
         exec('from gmnet_timm import gmnet_s5')
 
 
+@pytest.mark.slow
 def test_pickled_model_in_a_process_that_imports_nothing(tmp_path):
     model = create('gmnet_s1', num_classes=3)
     (tmp_path / 'model').write_bytes(pickle.dumps(model))
@@ -110,12 +114,14 @@ def test_pickled_model_in_a_process_that_imports_nothing(tmp_path):
     assert float(output) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_pytest_plugin(tmp_path):
     (tmp_path / 'test_model.py').write_text("import timm\ndef test(): timm.create_model('gmnet_s1')\n")
     command = [sys.executable, '-m', 'pytest', '-q', '-p', 'gmnet_timm', '-p', 'no:cacheprovider', str(tmp_path)]
     assert '1 passed' in run('', command=command, env=OFF)
 
 
+@pytest.mark.slow
 def test_the_hook_waits_for_timm_and_leaves_no_trace():
     """Importing torch loads nothing; looking for timm.models does not use the hook up; timm keeps its own loader."""
     assert run(f'''
@@ -132,6 +138,7 @@ def test_the_hook_waits_for_timm_and_leaves_no_trace():
     ''', '-W', 'error::UserWarning') == str(list(SIZES))
 
 
+@pytest.mark.slow
 def test_a_failed_import_of_timm_models_can_be_repeated():
     assert run(f'''
         import sys, torch
@@ -149,6 +156,7 @@ def test_a_failed_import_of_timm_models_can_be_repeated():
 
 
 @pytest.mark.parametrize('python_args', [(), ('-W', 'error')])
+@pytest.mark.slow
 def test_a_broken_plugin_is_seen_and_breaks_nothing(tmp_path, python_args):
     (tmp_path / 'gmnet_timm').mkdir()
     (tmp_path / 'gmnet_timm' / '__init__.py').write_text('raise RuntimeError("broken on purpose")')
@@ -162,6 +170,7 @@ def test_a_broken_plugin_is_seen_and_breaks_nothing(tmp_path, python_args):
     assert output.count("could not register its models with timm: RuntimeError('broken on purpose')") == 1
 
 
+@pytest.mark.slow
 def test_spawned_workers(tmp_path):
     script = tmp_path / 'spawn.py'
     script.write_text(textwrap.dedent('''
@@ -179,6 +188,7 @@ def test_spawned_workers(tmp_path):
     assert run('', command=[sys.executable, str(script)]) == "('GmNet', 'GmNet')"
 
 
+@pytest.mark.slow
 def test_torchrun(tmp_path):
     script = tmp_path / 'ranks.py'
     script.write_text("import os, timm; timm.create_model('gmnet_s1'); open(os.environ['RANK'], 'w').close()")
@@ -188,6 +198,7 @@ def test_torchrun(tmp_path):
     assert (tmp_path / '0').exists() and (tmp_path / '1').exists()
 
 
+@pytest.mark.slow
 def test_models_that_timm_ships_stay():
     output = run('''
         import sys, types, timm.models, timm
@@ -234,6 +245,7 @@ def test_other_errors_of_pretrained_models_are_not_hidden(tmp_path):
         timm.create_model('gmnet_s3', pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'none.pth')))
 
 
+@pytest.mark.slow
 def test_hub_organisation_from_the_environment():
     listed = run('''
         import timm
@@ -264,12 +276,14 @@ def saved(tmp_path):
     return tmp_path / 'model', output
 
 
+@pytest.mark.slow
 def test_local_dir_in_a_fresh_process(saved):
     folder, expected = saved
     output = run('', command=[sys.executable, '-c', textwrap.dedent(LOAD), f'local-dir:{folder}'])
     assert float(output) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_hf_hub_in_a_fresh_process(saved, tmp_path):
     folder, expected = saved
     # the Hub's cache as its client would have filled it

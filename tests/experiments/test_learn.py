@@ -218,6 +218,7 @@ ARGV = ['--tasks', 'regression', '--variants', 'relu', 'relu*x', 'relu6*x', '--s
         '--learning-rates', '0.001', '0.01', '0.1', '--no-figure']
 
 
+@pytest.mark.slow
 def test_command_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     argv = [*ARGV, '--output', str(tmp_path)]
     monkeypatch.setattr(sys, 'argv', ['/bin/gmnet-timm', *argv])

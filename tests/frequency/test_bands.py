@@ -287,6 +287,7 @@ def test_cli_eval_of_weights_of_another_model(folder, tmp_path, capsys):
     assert "does not fit timm.create_model('resnet18'" in error and len(error) < 500
 
 
+@pytest.mark.slow
 def test_cli_curves_goes_on_where_it_stopped(folder, tmp_path, monkeypatch, capsys):
     from gmnet_timm.frequency import evaluation
     runs = [_write_run(tmp_path / 'a', folder, 2), _write_run(tmp_path / 'b', folder, 3)]

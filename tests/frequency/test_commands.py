@@ -39,6 +39,7 @@ def _run(folder, out, command, *argv, models=('test_resnet', 'test_vit')):
                  *argv])
 
 
+@pytest.mark.slow
 def test_amplitude_of_two_models(folder, tmp_path, capsys):
     assert _run(folder, tmp_path, 'amplitude', '--figure-formats', 'png', 'pdf', 'svg') == 0
     rows = _rows(tmp_path / 'amplitude.csv')
@@ -48,6 +49,7 @@ def test_amplitude_of_two_models(folder, tmp_path, capsys):
     assert _run(folder, tmp_path, 'amplitude') == 1 and '--force' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_heatmap_goes_on_where_it_stopped(folder, tmp_path, monkeypatch, capsys):
     from gmnet_timm.frequency import heatmap_run
     evaluated = []
@@ -75,6 +77,7 @@ def test_sensitivity(folder, tmp_path, capsys):
     assert share == pytest.approx(1) and 'mean radius' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_layers_of_a_transformer(folder, tmp_path, capsys):
     assert _run(folder, tmp_path, 'layers', models=['test_vit']) == 0
     assert ', as the model has no gates' in capsys.readouterr().out
@@ -137,6 +140,7 @@ def _inside(figure):
 
 
 @pytest.mark.parametrize('count', [1, 2, 40, 60])
+@pytest.mark.slow
 def test_panels_of_layers(count):
     figure = plots.draw_layers([_layer(f'stages.{i}') for i in range(count)], 'some_model, 3 images')
     drawn = [axis for axis in figure.axes if axis.lines]

@@ -129,6 +129,7 @@ def test_images_of_a_type_without_a_range_are_refused(tmp_path, workers):
     assert '\n' not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_files_that_timm_ignores_are_counted(data, weights, tmp_path, capsys):
     shutil.copytree(data / 'validation', tmp_path / 'validation')
     image = Image.new('RGB', (32, 32))

@@ -60,6 +60,7 @@ def _kinds(product):
 
 
 @pytest.mark.parametrize('name', COUNTS)
+@pytest.mark.slow
 def test_counts_of_known_models(name):
     products = find_products(timm.create_model(name, device='meta'))
     gates = [name for name, product in products.items() if product.is_gate]
@@ -251,6 +252,7 @@ def test_graphs_compiled_and_fused_models():
 
 
 @pytest.mark.filterwarnings('ignore:.*torch.jit.*deprecated')
+@pytest.mark.slow
 def test_torchscript_is_refused():
     with pytest.raises(UserError, match='before scripting'):
         find_gates(torch.jit.script(timm.create_model('gmnet_s1')))

@@ -376,10 +376,10 @@ def test_faults(run, hub, checkpoint, method, path, status):
 
 
 @pytest.mark.parametrize('method, path, what', [
-    ('POST', '/api/repos/create', HANG),
-    ('PUT', '/large/', 429),
+    pytest.param('POST', '/api/repos/create', HANG, marks=pytest.mark.slow),
+    pytest.param('PUT', '/large/', 429, marks=pytest.mark.slow),
     ('POST', '/commit/', HANG),
-    ('GET', '/resolve/', HANG),
+    pytest.param('GET', '/resolve/', HANG, marks=pytest.mark.slow),
 ])
 def test_waiting_ends(hub, checkpoint, tmp_path, method, path, what):
     """A server that never answers, or asks for two hours, gets no more than the time that it was given.

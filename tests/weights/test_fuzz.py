@@ -373,6 +373,7 @@ def test_tensors_that_make_no_model(name, value, word, tmp_path):
     refuse(tmp_path / 'x.pth', word)
 
 
+@pytest.mark.slow
 def test_every_wrong_shape(tmp_path):
     """A tensor of another size is never taken, whichever it is."""
     path = tmp_path / 'x.pth'

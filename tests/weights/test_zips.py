@@ -170,6 +170,7 @@ EVERY_BIT = {
 
 @pytest.mark.parametrize('name', [
     'torch', pytest.param('zip64', marks=pytest.mark.slow), pytest.param('train.py', marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_every_bit_of_the_headers(name, path):
     """Each bit of the directory, of the end and of the headers in between: an error, or the original tensors.
 
