@@ -130,6 +130,7 @@ def test_latency_rows():
     assert peak.compute_macs_per_s['float32'] > 1e8 and peak.bandwidth_bytes_per_s > 1e7
 
 
+@pytest.mark.slow
 def test_a_fast_wrong_model_is_not_timed(monkeypatch):
     def wrong(net, x, dtype, threads):
         output = 1.01 * net(x)
@@ -145,6 +146,7 @@ def test_a_fast_wrong_model_is_not_timed(monkeypatch):
     (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), 'out of memory'),
     (ValueError('what\nnow'), 'failed: ValueError: what'),
 ])
+@pytest.mark.slow
 def test_what_fails_becomes_a_row(monkeypatch, error, status):
     def fail(net, x, dtype, threads):
         raise error
@@ -211,6 +213,7 @@ def test_weights_are_not_counted_as_kept():
 
 
 @pytest.mark.skipif(not Path('/proc/self/status').exists(), reason='needs /proc')
+@pytest.mark.slow
 def test_counting_memory_keeps_none():
     net, x = nn.Sequential(*(nn.Sequential(nn.Linear(512, 512), nn.Sigmoid()) for _ in range(8))), torch.randn(512, 512)
     kept = [measuring.kept_mb(lambda: net(x).sum(), net, 512) for _ in range(5)]

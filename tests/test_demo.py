@@ -213,6 +213,7 @@ def test_wrong_settings_write_nothing(flags, message, tmp_path, capsys):
 
 @pytest.mark.skipif(sys.platform != 'linux' or os.geteuid() != 0, reason='mounts a small file system')
 @pytest.mark.parametrize('size', ['100k', '20m'])
+@pytest.mark.slow
 def test_full_disk(size, report, tmp_path, capsys):
     """100k is full while the patches are written, 20m at the first checkpoint."""
     if subprocess.run(['mount', '-t', 'tmpfs', '-o', f'size={size}', 'tmpfs', str(tmp_path)]).returncode:
@@ -239,6 +240,7 @@ def test_a_training_that_diverges_is_said(tmp_path, capsys):
     assert re.search('error: The training diverged in epoch 0.*--lr', capsys.readouterr().err)
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_obeyed_at_once(tmp_path):
     """Also while torch is still being imported."""
     for delay in (.2, 1., 3.):

@@ -167,6 +167,7 @@ def test_features_of_variants_are_gated_too(base, feature_cls, act_layer):
 
 @pytest.mark.parametrize('base', BASES)
 @pytest.mark.parametrize('index', range(5))
+@pytest.mark.slow
 def test_pruned_variants_are_gated(base, index):
     model = _create(f'{base}_gate_relu6')
     x = _images()

@@ -101,6 +101,7 @@ def test_memory_of_the_networks(name, recompute_gate):
     assert (name, recompute_gate) != ('gmnet_s3', True) or kept / batch / 2 ** 20 < 47
 
 
+@pytest.mark.slow
 def test_published_numbers():
     """The table of docs/training.md, and what it says of 16, 24 and 80 GB."""
     document = ' '.join((Path(__file__).parent.parent / 'docs' / 'training.md').read_text().split())
@@ -120,6 +121,7 @@ def test_published_numbers():
 @pytest.mark.parametrize('autocast', [None, torch.bfloat16])
 @pytest.mark.parametrize('memory_format', [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize('gate', GATES)
+@pytest.mark.slow
 def test_nothing_but_memory_changes(gate, memory_format, autocast, checkpointed):
     model = train_model(gate=gate, drop_path_rate=0.5).to(memory_format=memory_format)
     assert_identical(model, torch.randn(3, 3, 64, 64).to(memory_format=memory_format), autocast=autocast)

@@ -109,6 +109,7 @@ def test_timm_suite_with_gmnet_in_timm(suite, timm_with_gmnet):
     assert _run_pytest(*files, '-k', 'gmnet', cwd=timm_with_gmnet, env=env) >= 11 * len(SIZES) + 1
 
 
+@pytest.mark.slow
 def test_plugin_beside_a_timm_that_ships_gmnet(timm_with_gmnet):
     code = f"""
         import sys, warnings

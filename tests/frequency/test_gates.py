@@ -223,6 +223,7 @@ def gmnet_from_elsewhere(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('gate', ['identity', 'fc', 'dw', 'ln'])
+@pytest.mark.slow
 def test_gmnet_from_elsewhere(gmnet_from_elsewhere, gate):
     args = dict(base_dim=40, depths=(2, 2, 10, 2), mlp_ratios=(3, 3, 3, 2), gate=gate)
     theirs = gmnet_from_elsewhere.GmNet(**args, device='meta')

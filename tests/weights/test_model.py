@@ -102,6 +102,7 @@ def test_every_source_gives_the_network_that_it_describes(variant, source):
     assert not found.description.assumed and not any('assumed' in note for note in found.notes[:-1])
 
 
+@pytest.mark.slow
 @every_variant
 def test_save_save_load(variant, source, tmp_path, monkeypatch, capsys):
     """Published twice, from each kind of source, timm loads the network that the first source defines."""

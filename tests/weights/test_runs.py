@@ -196,7 +196,9 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize('name', HOSTILE)
+@pytest.mark.parametrize('name', [
+    pytest.param(name, marks=pytest.mark.slow if 'bomb' in name or 'brackets' in name or 'nested' in name else ())
+    for name in HOSTILE])
 def test_hostile_yaml_ends_in_a_report(tmp_path, name, capsys):
     content = HOSTILE[name]
     (tmp_path / 'args.yaml').write_bytes(content if isinstance(content, bytes) else content.encode())

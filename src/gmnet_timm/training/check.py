@@ -283,7 +283,7 @@ def _validate_command(run: TrainingRun, best: Any, source: Any) -> str:
 
 
 def _same(value: Any, wanted: Any) -> bool:
-    if all(x is None or x in ('', [], {}) for x in (value, wanted)):
+    if all(x is None or x is False or x in ('', [], {}) for x in (value, wanted)):  # a flag that is not set is False
         return True
     if isinstance(value, (list, tuple)) and isinstance(wanted, list):
         return len(value) == len(wanted) and all(map(_same, value, wanted))
