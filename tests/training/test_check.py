@@ -142,7 +142,8 @@ def test_what_changes_network_or_training_is_named(run, changes, found):
     dict(in_chans=3, model_kwargs={}, opt_kwargs={}, gp=None, train_split='train', bn_momentum=.1),
     # paths, logging and speed
     dict(data='/data', output='runs', experiment='s3', log_wandb=True, workers=2, device='cuda:1', channels_last=True),
-    dict(split_bn=False, drop_block=None, in_chans=3), dict(resume='auto'), dict(resume='runs/s3/last.pth.tar', experiment='s3'),
+    dict(split_bn=False, drop_block=None, in_chans=3), dict(resume='auto'),
+    dict(resume='runs/s3/last.pth.tar', experiment='s3'),
     # without effect, given the others
     dict(amp_dtype='float16', pretrained_path='a.pth', momentum=.5, decay_rate=.5),
 ])
