@@ -10,7 +10,8 @@ import safetensors.torch
 import timm
 import torch
 from conftest import create
-from publishing_helpers import TINY
+from PIL import Image
+from publishing_helpers import TINY, make_run
 
 import gmnet_timm.gmnet
 
@@ -101,3 +102,27 @@ def test_s2_goes_by_its_shapes(run, tmp_path):
     assert 'mlp_ratios' in ours
     run('convert', 'ours.pth', 'ours.safetensors')
     run('convert', 'theirs.pth', 'theirs.safetensors')
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_other_commands(run, tmp_path):
+    model = create('gmnet_s1', num_classes=3)
+    for name in 'abc':
+        (tmp_path / 'data' / name).mkdir(parents=True)
+        Image.effect_noise((80, 80), 60).convert('RGB').save(tmp_path / 'data' / name / '0.png')
+    run(code=LOGITS + "torch.save(timm.create_model('gmnet_s1', num_classes=3).state_dict(), 'weights.pth')")
+    folder = make_run(tmp_path / 'run', model_kwargs={})
+    weights = torch.load(tmp_path / 'weights.pth', weights_only=True)
+    for checkpoint, metric in (('model_best.pth.tar', 40.25), ('last.pth.tar', 30.125)):
+        content = torch.load(folder / checkpoint, weights_only=True)
+        torch.save({**content, 'state_dict': weights, 'metric': metric}, folder / checkpoint)
+    assert weights.keys() != model.state_dict().keys()  # the names are timm's
+    run('push', 'run', 'you/x', '--dry-run')
+    assert 'FAILED' not in run('verify', 'x')
+    assert 'class ' in run('predict', 'run', 'data/a/0.png')
+    common = ['--data-dir', 'data', '--img-size', '64', '--workers', '0', '--no-figure']
+    assert '16 gates' in run('freq', 'layers', 'run', *common)
+    assert '20 blocks' in run('freq', 'amplitude', 'run', *common)
+    assert 'raw' in run('freq', 'eval', 'run', '--radii', '4', *common)
+    assert "timm.create_model('gmnet_s1'" in run('check-run', 'run')
