@@ -23,6 +23,7 @@ from gmnet_timm.errors import UserError
 from gmnet_timm.frequency.bands import (
     Band,
     BandAccuracy,
+    BandSplit,
     SplitOptions,
     band_images,
     evaluate_bands,
@@ -379,3 +380,47 @@ def test_a_dataset_of_torchvision(folder, model, tmp_path):
     assert loader.skipped == 1
     with pytest.raises(UserError, match='6 classes'):
         create_band_loader(str(tmp_path), CONFIG, dataset='torch/folder', num_classes=5)
+
+
+# Borders and clipping
+
+
+@pytest.mark.parametrize('size', [(16, 16), (9, 12)])
+def test_mirrored_borders_are_a_cosine_transform(size):
+    """The split by scipy's DCT, whose coefficient k has k / 2 cycles per image."""
+    from scipy import fft
+    images, radius = torch.rand(2, 3, *size, dtype=torch.float64), 2.5
+    cosines = fft.dctn(images.numpy(), axes=(-2, -1))
+    k, m = np.meshgrid(*map(np.arange, size), indexing='ij')
+    low = fft.idctn(np.where(np.hypot(k, m) / 2 <= radius, cosines, 0), axes=(-2, -1))
+    split = BandSplit(images, SplitOptions(border='mirror'))
+    np.testing.assert_allclose(split(Band('low', radius)).numpy(), low, atol=1e-10)
+    np.testing.assert_allclose(split(Band('high', radius)).numpy(), images.numpy() - low, atol=1e-10)
+
+
+def test_a_step_at_the_border_is_no_frequency_of_a_mirrored_image():
+    ramp = torch.linspace(0, 1, 64).expand(1, 1, 64, 64)
+
+    def border_energy(border):
+        high = BandSplit(ramp, SplitOptions(border=border))(Band('high', 8.))
+        return high[..., :4].square().sum() + high[..., -4:].square().sum()
+
+    assert border_energy('mirror') < .01 * border_energy('wrap')
+    with pytest.raises(UserError, match='border'):
+        SplitOptions(border='zero')
+
+
+@pytest.mark.parametrize('space', ['normalized', 'pixels'])
+def test_clipping(space):
+    images = (torch.rand(2, 3, 16, 16).round() - torch.tensor(MEAN).view(-1, 1, 1)) / torch.tensor(STD).view(-1, 1, 1)
+    plain, clipped = (BandSplit(images, SplitOptions(space=space, clip=clip), MEAN, STD) for clip in (False, True))
+
+    def pixels(x):
+        return x * torch.tensor(STD).view(-1, 1, 1) + torch.tensor(MEAN).view(-1, 1, 1)
+
+    for band in (Band('low', 4.), Band('high', 4.)):
+        before, after = pixels(plain(band)), pixels(clipped(band))
+        assert before.min() < -.01 and before.max() > .99
+        torch.testing.assert_close(after, before.clamp(0, 1), rtol=1e-4, atol=1e-5)
+    with pytest.raises(UserError, match='or to clip'):
+        BandSplit(images, SplitOptions(clip=True))

@@ -316,6 +316,7 @@ def _add_heatmap(commands) -> None:
     parser.add_argument(
         '--step', type=int, default=8, help='distance of the frequencies in cycles per image (default: %(default)s)')
     parser.add_argument('--largest', type=int, metavar='R', help='largest frequency in each direction (default: all)')
+    parser.add_argument('--clip', action='store_true', help='clip perturbed images to the range of pixels')
     parser.add_argument('--seed', type=int, default=0, help='of the random signs (default: %(default)s)')
     add_machine(parser, num_images=64)
     add_figures(parser)
@@ -341,7 +342,7 @@ def _run_heatmap(args: argparse.Namespace) -> None:
             with machine.holding(model):
                 found[label] = run_heatmap(
                     model, band_loader(args, model, machine), args.amplitudes, table, step=args.step,
-                    largest=args.largest, seed=args.seed, batch_size=args.batch_size,
+                    largest=args.largest, seed=args.seed, clip=args.clip, batch_size=args.batch_size,
                     data=f'{args.dataset} {args.data_dir} {args.split or ""}')
         if machine.rank:
             return

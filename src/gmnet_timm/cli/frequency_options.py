@@ -69,6 +69,10 @@ def add_split(parser, radii: list[float]) -> None:
     parser.add_argument(
         '--split-space', choices=['normalized', 'pixels'], default='normalized',
         help='split what enters the model, or pixels before normalisation (default: %(default)s)')
+    parser.add_argument(
+        '--border', choices=['wrap', 'mirror'], default='wrap',
+        help='what continues an image beyond its border: itself, or its mirror image (default: %(default)s)')
+    parser.add_argument('--clip', action='store_true', help='clip filtered images to the range of pixels')
 
 
 def add_bands(parser) -> None:
@@ -104,7 +108,8 @@ def eval_settings(args: argparse.Namespace):
 
 def split_options(args: argparse.Namespace):
     from gmnet_timm.frequency.bands import SplitOptions
-    return SplitOptions(args.keep_dc, args.restore_contrast, args.split_space, args.edge_width)
+    return SplitOptions(
+        args.keep_dc, args.restore_contrast, args.split_space, args.edge_width, args.border, args.clip)
 
 
 def number_or_all(text: str) -> int | None:

@@ -20,6 +20,7 @@ __all__ = [
 ]
 
 SPACES = ('normalized', 'pixels')
+BORDERS = ('wrap', 'mirror')
 BANDS = ('low', 'high', 'band-pass', 'band-stop')
 
 
@@ -35,14 +36,21 @@ class SplitOptions:
             high-pass images differ by a constant: they vary around the data's mean in the first case, around black in
             the second.
         edge_width: Width of the raised-cosine edge of each band in cycles per image, 0 for the paper's hard edge.
+        border: 'wrap' takes the image as one period, as a DFT does: where opposite sides differ, that step is a high
+            frequency. 'mirror' continues it by its mirror image, as a DCT does.
+        clip: Clip filtered images to the range of pixels, from black to white.
     """
 
     keep_dc: bool = False
     restore_contrast: bool = False
     space: str = 'normalized'
     edge_width: float = 0.
+    border: str = 'wrap'
+    clip: bool = False
 
     def __post_init__(self):
+        if self.border not in BORDERS:
+            raise UserError(f'The border is one of {", ".join(BORDERS)}, got {self.border}.')
         if self.space not in SPACES:
             raise UserError(f'The split acts on one of {", ".join(SPACES)}, got {self.space}.')
 
@@ -145,8 +153,8 @@ def band_images(
         images: Normalised images (B, C, H, W).
         bands: From `list_bands`.
         options: How to split.
-        mean: Mean that was taken off each channel, needed for the space 'pixels'.
-        std: Standard deviation that each channel was divided by, needed for the space 'pixels'.
+        mean: Mean that was taken off each channel, needed for the space 'pixels' and to clip.
+        std: Standard deviation that each channel was divided by, needed for the same.
     """
     yield from map(BandSplit(images, options, mean, std), bands)
 
@@ -168,17 +176,23 @@ class BandSplit:
             mean: Sequence[float] | None = None,
             std: Sequence[float] | None = None,
     ):
-        if options.space == 'normalized':
-            self.offset, self.scale = images.new_zeros(()), images.new_ones(())
+        no_change = images.new_zeros(()), images.new_ones(())
+        if options.space == 'normalized' and not options.clip:
+            self.normalisation = no_change
         elif mean is None or std is None:
             raise UserError(
-                'To split in the space of pixels, mean and standard deviation of the normalisation are needed.')
+                'To split in the space of pixels or to clip, mean and std of the normalisation are needed.')
         else:
-            self.offset, self.scale = (images.new_tensor(values).view(-1, 1, 1) for values in (mean, std))
+            self.normalisation = images.new_tensor(mean).view(-1, 1, 1), images.new_tensor(std).view(-1, 1, 1)
+        self.offset, self.scale = no_change if options.space == 'normalized' else self.normalisation
         self.images = images
         self.options = options
         self.pixels = images * self.scale + self.offset
-        self.spectrum = spectrum_of(self.pixels)
+        self.period = self.pixels
+        if options.border == 'mirror':
+            for axis in (-2, -1):
+                self.period = torch.cat([self.period, self.period.flip(axis)], axis)
+        self.spectrum = spectrum_of(self.period)
         self.last: tuple[Any, list[torch.Tensor]] = (None, [])  # low and high of one radius come from one computation
 
     def __call__(self, band: Band) -> torch.Tensor:
@@ -187,7 +201,11 @@ class BandSplit:
             return self.images
         radii = [band.radius] if band.inner_radius is None else [band.inner_radius, band.radius]
         if self.last[0] != radii:
-            self.last = radii, frequency_bands(self.pixels, radii, self.options.edge_width, self.spectrum)
+            height, width = self.pixels.shape[-2:]
+            longer = self.period.shape[-1] // width  # a period of two images has twice the cycles
+            bands = frequency_bands(
+                self.period, [longer * r for r in radii], longer * self.options.edge_width, self.spectrum)
+            self.last = radii, [x[..., :height, :width] for x in bands]
         parts = self.last[1]
         if band.kind == 'low':
             x = parts[0]
@@ -195,7 +213,11 @@ class BandSplit:
             x = parts[0] + parts[2]
         else:  # neither has a mean
             x = restore(parts[1], self.pixels, self.options.keep_dc, self.options.restore_contrast)
-        return (x - self.offset) / self.scale
+        x = (x - self.offset) / self.scale
+        if self.options.clip:
+            mean, std = self.normalisation
+            x = ((x * std + mean).clamp(0, 1) - mean) / std
+        return x
 
 
 def evaluate_bands(

@@ -84,6 +84,7 @@ def fourier_heatmap(
         frequencies: Sequence[tuple[int, int]],
         amplitude: float,
         *,
+        mean: Sequence[float] | None = None,
         batch_size: int = 64,
         seed: int = 0,
         on_point: Callable[[HeatmapPoint], None] | None = None,
@@ -91,7 +92,7 @@ def fourier_heatmap(
 ) -> list[HeatmapPoint]:
     """Error under a perturbation of each frequency, with a random sign for each image and channel.
 
-    The perturbation is added to pixels before normalisation. Nothing is clipped. With an initialised process group each
+    The perturbation is added to pixels before normalisation. With an initialised process group each
     process gives a part of the images, every n-th one, and all get the counts of the whole.
 
     Args:
@@ -102,6 +103,8 @@ def fourier_heatmap(
         frequencies: (v, u) in cycles per image, from `directions`.
         amplitude: Root mean square of the perturbation in pixel values from 0 to 1. Yin et al. state the norm over the
             pixels of a channel, which is this times sqrt(H W): 15.7 at 224 x 224 is 0.07.
+        mean: Mean that was taken off each channel, to clip perturbed images to the range of pixels, as much of the
+            literature does; None for no clipping. At an amplitude of 0.2 this changes errors by points.
         batch_size: Images per pass.
         seed: Of the signs, which do not depend on what was computed before.
         on_point: Called with each point when it is known.
@@ -120,6 +123,7 @@ def fourier_heatmap(
         raise UserError('There is no image to evaluate.')
     device = next(model.parameters()).device
     scale = torch.tensor(std, dtype=torch.float32).view(-1, 1, 1).expand(images.shape[1], 1, 1)
+    offset = torch.zeros_like(scale) if mean is None else torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1)
     points = []
     for v, u in progress(frequencies, f'heat map, amplitude {amplitude:g}', 'frequency', show=show_progress):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + (v + 100_000) * 200_003 + u)
@@ -130,7 +134,10 @@ def fourier_heatmap(
         for start in range(0, len(images), batch_size):
             part = slice(start, min(start + batch_size, len(images)))
             with torch.inference_mode(), evaluation_mode(model):
-                logits = logits_of(model((images[part] + signs[part] * noise).to(device))).cpu()
+                x = images[part] + signs[part] * noise
+                if mean is not None:
+                    x = ((x * scale + offset).clamp(0, 1) - offset) / scale
+                logits = logits_of(model(x.to(device))).cpu()
             check_labels(targets[part], logits)
             if not logits.isfinite().all():
                 raise UserError(f'The logits under a perturbation at ({v}, {u}) are NaN or infinite.')

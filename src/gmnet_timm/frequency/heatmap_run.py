@@ -23,6 +23,7 @@ def run_heatmap(
         step: int = 8,
         largest: int | None = None,
         seed: int = 0,
+        clip: bool = False,
         batch_size: int = 64,
         data: str = '',
 ) -> dict[float, list[HeatmapPoint]]:
@@ -38,6 +39,7 @@ def run_heatmap(
         step: As for `directions`.
         largest: As for `directions`.
         seed: As for `fourier_heatmap`.
+        clip: Clip perturbed images to the range of pixels.
         batch_size: As for `fourier_heatmap`.
         data: What the images are, to tell rows apart.
 
@@ -53,7 +55,7 @@ def run_heatmap(
     key = dict(
         model=str(model.provenance.get('model', model.name)), weights_sha256=model.provenance.get('weights_sha256', ''),
         model_args=json.dumps(model.provenance.get('model_args', {}), sort_keys=True, default=str),
-        data=data, classes=' '.join(getattr(loader, 'classes', ())), seed=str(seed),
+        data=data, classes=' '.join(getattr(loader, 'classes', ())), seed=str(seed), clip=str(clip),
         preprocessing=json.dumps(config, sort_keys=True), count=str(count))
     found: dict[float, list[HeatmapPoint]] = {}
     same = [row for row in rows if key.items() <= row.items()]
@@ -72,7 +74,7 @@ def run_heatmap(
         missing = [frequency for frequency in frequencies if frequency not in known]
         new = fourier_heatmap(
             model.model, images, targets, config['std'], missing, amplitude, batch_size=batch_size, seed=seed,
-            on_point=write)
+            mean=config['mean'] if clip else None, on_point=write)
         known.update({(point.v, point.u): point for point in new})
         found[amplitude] = [known[frequency] for frequency in frequencies]
     return found

@@ -95,6 +95,8 @@ def _describe_split(report: dict[str, Any]) -> str:
     choices += ['mean kept in high-pass images'] if options['keep_dc'] else []
     choices += ['contrast of high-pass images restored'] if options['restore_contrast'] else []
     choices += [f'edges {options["edge_width"]:g} wide'] if options['edge_width'] else []
+    choices += ['mirrored at the border'] if options.get('border') == 'mirror' else []
+    choices += ['clipped to the range of pixels'] if options.get('clip') else []
     return f'Radii in cycles per image, {", ".join(choices)}.'
 
 
