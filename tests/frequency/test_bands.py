@@ -181,7 +181,7 @@ def test_no_data(model, tmp_path):
 
 def test_pixels_need_mean_and_std(model):
     batch = [(torch.zeros(2, 3, 32, 32), torch.zeros(2, dtype=torch.long))]
-    with pytest.raises(UserError, match='mean and standard deviation'):
+    with pytest.raises(UserError, match='mean and std'):
         evaluate_bands(model, batch, [3.], options=SplitOptions(space='pixels'))
     with pytest.raises(UserError, match='one of'):
         SplitOptions(space='fourier')
