@@ -354,20 +354,6 @@ def test_two_processes_count_every_image_once(folder, tmp_path):
     assert _rows(tmp_path / 'two' / 'eval.csv')[0]['skipped'] == '1'
 
 
-@pytest.mark.slow
-def test_the_split_costs_less_than_a_tenth_of_the_forward_passes():
-    from torch.utils.benchmark import Timer
-    model = timm.create_model('gmnet_s1').eval()
-    images = torch.randn(4, 3, 224, 224)
-    with torch.inference_mode():
-        scope = dict(model=model, images=images, band_images=band_images, bands=list_bands([12., 24., 36.]))
-        forward = Timer('model(images)', globals=scope).blocked_autorange(min_run_time=2).median
-        timer = Timer('list(band_images(images, bands))', globals=scope)
-        split = timer.blocked_autorange(min_run_time=2).median
-    print(f'split {1e3 * split:.1f} ms, forward {1e3 * forward:.1f} ms, seven of them feed {split / (7 * forward):.3f}')
-    assert split < .1 * 7 * forward
-
-
 def test_a_dataset_of_torchvision(folder, model, tmp_path):
     """By timm's name for it; what it cannot decode is counted too."""
     root = tmp_path / 'validation'

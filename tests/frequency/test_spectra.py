@@ -579,28 +579,3 @@ def test_a_gate_without_energy_is_called_undefined():
     layer, = layer_spectra(nn.Sequential(Gate()), _batches(3, side=16))
     line = _describe_layer(layer)
     assert 'product  16x16  high undefined' in line and 'aliased undefined' in line and 'nan' not in line
-
-
-@pytest.mark.slow
-def test_what_it_costs():
-    """Beside plain passes, in processor time. docs/frequency.md says what was measured; this bound is above it."""
-    import time
-
-    torch.manual_seed(0)
-    model, batches = timm.create_model('gmnet_s1').eval(), _batches(64, side=224) * 2
-
-    def plain():
-        with torch.no_grad():
-            for images, _ in batches:
-                model(images)
-
-    def seconds(function):
-        start = time.process_time()
-        function()
-        return time.process_time() - start
-
-    plain()
-    passes = min(seconds(plain) for _ in range(3))
-    watched = min(seconds(lambda: layer_spectra(model, batches)) for _ in range(3))
-    print(f'plain passes {passes:.2f} s, with 16 gates watched {watched:.2f} s')
-    assert watched < 1.4 * passes

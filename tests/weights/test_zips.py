@@ -169,10 +169,12 @@ EVERY_BIT = {
 
 
 @pytest.mark.parametrize('name', [
-    'torch', pytest.param('zip64', marks=pytest.mark.slow), pytest.param('train.py', marks=pytest.mark.slow)])
+    'torch', 'zip64', 'train.py'])
 @pytest.mark.slow
 def test_every_bit_of_the_headers(name, path):
     """Each bit of the directory, of the end and of the headers in between: an error, or the original tensors.
+
+    Of the largest file, the bits of every fourth byte.
 
     Of what passes, timm reads no other tensors either: weights that were checked here may be loaded there.
     """
@@ -186,7 +188,7 @@ def test_every_bit_of_the_headers(name, path):
             headers -= set(range(start, start + info.file_size))
     assert len(headers) > len(raw) // 4
     refused = 0
-    for at in sorted(headers):
+    for at in sorted(headers)[::4 if name == 'train.py' else 1]:
         for bit in range(8):
             path.unlink()  # some file systems take long to write over a file
             path.write_bytes(flipped(raw, at, bit))
