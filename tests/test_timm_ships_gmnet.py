@@ -36,10 +36,10 @@ def other_timm(tmp_path_factory):
 
 @pytest.fixture
 def run(other_timm, tmp_path):
-    """Python code or a command of ours in a process that has the other timm."""
-    def call(*args, code=None, status=0):
-        ours = 'import sys; from gmnet_timm.cli.main import main; sys.exit(main(sys.argv[1:]))'
-        command = [sys.executable, '-c', code or ours, *args]
+    """Python code, or commands of ours (separated by a semicolon), in a process that has the other timm."""
+    def call(commands='', code=None, status=0):
+        ours = 'import sys; from gmnet_timm.cli.main import main; sys.exit(max(main(a.split()) for a in sys.argv[1:]))'
+        command = [sys.executable, '-c', code or ours, *commands.split('; ')]
         source = str(Path(gmnet_timm.gmnet.__file__).parents[1])
         env = {**os.environ, 'PYTHONPATH': f'{other_timm}:{source}', 'HF_HUB_OFFLINE': '1'}
         result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
@@ -73,20 +73,16 @@ def test_files_of_both_schemes(run, tmp_path):
     expected = model(image())
     torch.save(model.state_dict(), tmp_path / 'authors.pth')
     kwargs = [f'{key}={value!r}' for key, value in TINY.items()]
-    assert 'gmnet_s1' in run('info', 'authors.pth')
-    run('convert', 'authors.pth', 'timm.safetensors')
+    assert 'gmnet_s1' in run('info authors.pth; convert authors.pth timm.safetensors; save authors.pth authors')
     assert 'stages.0.0.conv.weight' in safetensors.torch.load_file(tmp_path / 'timm.safetensors')
     run(code=LOGITS + f"m = timm.create_model('gmnet_s1', num_classes=3, {', '.join(kwargs)}, "
                       "checkpoint_path='timm.safetensors').eval()\n"
                       "torch.save(m(image).detach(), 'logits.pt'); torch.save(m.state_dict(), 'own.pth')")
     assert torch.equal(torch.load(tmp_path / 'logits.pt'), expected)
-    assert 'gmnet_s1' in run('info', 'own.pth')
-    run('convert', 'own.pth', 'back.safetensors', '--layout', 'authors')
+    assert 'gmnet_s1' in run('info own.pth; convert own.pth back.safetensors --layout authors; save own.pth own')
     back = safetensors.torch.load_file(tmp_path / 'back.safetensors')
     assert all(torch.equal(back[name], value) for name, value in model.state_dict().items())
-    for source in ('authors.pth', 'own.pth'):
-        folder = source.removesuffix('.pth')
-        run('save', source, folder)
+    for folder in ('authors', 'own'):
         run(code=LOGITS + f"m = timm.create_model('local-dir:{folder}', pretrained=True).eval()\n"
                           "torch.save(m(image).detach(), 'logits.pt')")
         assert torch.equal(torch.load(tmp_path / 'logits.pt'), expected)
@@ -97,11 +93,10 @@ def test_s2_goes_by_its_shapes(run, tmp_path):
     """timm's S2 has two thirds of our last stage, and `info` says which one a file is."""
     run(code=LOGITS + "torch.save(timm.create_model('gmnet_s2').state_dict(), 'theirs.pth')")
     torch.save(create('gmnet_s2').state_dict(), tmp_path / 'ours.pth')
-    theirs, ours = run('info', 'theirs.pth'), run('info', 'ours.pth')
+    theirs = run('info theirs.pth; convert theirs.pth a.safetensors')
+    ours = run('info ours.pth; convert ours.pth b.safetensors')
     assert "create_model('gmnet_s2'" in theirs and 'mlp_ratios' not in theirs.splitlines()[0]
     assert 'mlp_ratios' in ours
-    run('convert', 'ours.pth', 'ours.safetensors')
-    run('convert', 'theirs.pth', 'theirs.safetensors')
 
 
 @pytest.mark.slow
@@ -118,11 +113,10 @@ def test_other_commands(run, tmp_path):
         content = torch.load(folder / checkpoint, weights_only=True)
         torch.save({**content, 'state_dict': weights, 'metric': metric}, folder / checkpoint)
     assert weights.keys() != model.state_dict().keys()  # the names are timm's
-    run('push', 'run', 'you/x', '--dry-run')
-    assert 'FAILED' not in run('verify', 'x')
-    assert 'class ' in run('predict', 'run', 'data/a/0.png')
-    common = ['--data-dir', 'data', '--img-size', '64', '--workers', '0', '--no-figure']
-    assert '16 gates' in run('freq', 'layers', 'run', *common)
-    assert '20 blocks' in run('freq', 'amplitude', 'run', *common)
-    assert 'raw' in run('freq', 'eval', 'run', '--radii', '4', *common)
-    assert "timm.create_model('gmnet_s1'" in run('check-run', 'run')
+    common = '--data-dir data --img-size 64 --workers 0 --no-figure'
+    said = run(
+        'push run you/x --dry-run; verify x; predict run data/a/0.png; check-run run; '
+        f'freq layers run {common}; freq amplitude run {common}; freq eval run --radii 4 {common}')
+    assert 'FAILED' not in said and 'nothing was sent' in said
+    for part in ('class ', "timm.create_model('gmnet_s1'", '16 gates', '20 blocks', 'top-1 % (95 %)'):
+        assert part in said, part

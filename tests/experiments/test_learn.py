@@ -2,8 +2,6 @@
 import csv
 import json
 import math
-import signal
-import subprocess
 import sys
 
 import pytest
@@ -245,25 +243,6 @@ def test_command_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     assert run_command(parser(), [*argv, '--scale', '2']) == 1 and 'other settings' in capsys.readouterr().err
     assert run_command(parser(), [*argv, '--scale', '2', '--force']) == 0
     assert (tmp_path / 'regression.csv').read_bytes() != tables['regression.csv']
-
-
-@pytest.mark.slow
-def test_a_killed_command_goes_on(tmp_path):
-    command = [sys.executable, '-m', 'experiments.learn', *ARGV, '--output', str(tmp_path / 'killed'),
-               '--steps', '100']
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    process.stdout.readline()  # of the first finished run
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    finished = {path: path.stat().st_mtime_ns for path in (tmp_path / 'killed' / 'runs').glob('*.json')}
-    assert 1 <= len(finished) < 3
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert result.stdout.count(' learning rate ') == 3 - len(finished)
-    assert all(path.stat().st_mtime_ns == before for path, before in finished.items())
-    assert run_command(parser(), [*ARGV, '--steps', '100', '--output', str(tmp_path / 'whole')]) == 0
-    for path in (tmp_path / 'whole').glob('*.csv'):
-        assert path.read_bytes() == (tmp_path / 'killed' / path.name).read_bytes()
-    assert not list((tmp_path / 'killed').glob('.gmnet-timm-*'))
 
 
 @pytest.mark.parametrize('argv, message', [
