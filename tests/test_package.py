@@ -125,7 +125,7 @@ def test_wheel_works_like_the_checkout(wheel, tmp_path):
     info = subprocess.run([venv / 'bin' / 'gmnet-timm', 'info'], capture_output=True, text=True, check=True)
     assert '17,061,460' in info.stdout
 
-    # What README.md says of an entry point whose module is gone
+    # What docs/models.md says of an entry point whose module is gone
     (site / 'gmnet_timm_autoload.py').unlink()
     import_torch = [python, '-c', 'import torch']
     failed = subprocess.run(import_torch, capture_output=True, text=True)

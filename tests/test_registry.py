@@ -46,7 +46,7 @@ def test_no_import_is_needed_in_any_order(imports):
 
 @pytest.mark.slow
 def test_autoload_can_be_turned_off():
-    """timm then says what README.md and docs/training.md quote, with the remedy that is tested here."""
+    """timm then says what docs/models.md and docs/training.md quote, with the remedy that is tested here."""
     output = run('''
         import timm
         assert timm.list_models('gmnet*') == []
@@ -59,13 +59,13 @@ def test_autoload_can_be_turned_off():
     ''', env=OFF)
     assert output.splitlines() == ['Unknown model (gmnet_s3)', '4']
     assert run(f'import gmnet_timm, timm; {CREATE}', env=OFF) == str(list(SIZES))
-    for document in ('README.md', 'docs/training.md'):
+    for document in ('docs/models.md', 'docs/training.md'):
         assert '`Unknown model (gmnet_s3)`' in (ROOT / document).read_text()
 
 
 @pytest.mark.slow
 def test_leftover_entry_point(tmp_path):
-    """Its module is gone. torch says what README.md and docs/training.md quote; both remedies help."""
+    """Its module is gone. torch says what docs/models.md and docs/training.md quote; both remedies help."""
     metadata = tmp_path / 'gmnet_timm-0.1.0.dist-info'
     metadata.mkdir()
     (metadata / 'METADATA').write_text('Metadata-Version: 2.1\nName: gmnet-timm\nVersion: 0.1.0\n')
@@ -76,7 +76,7 @@ def test_leftover_entry_point(tmp_path):
     failed = subprocess.run(import_torch, env=env, capture_output=True, text=True, timeout=120)
     message = 'Failed to load the backend extension: gmnet_timm'
     assert failed.returncode == 1 and f'RuntimeError: {message}' in failed.stderr
-    for document in ('README.md', 'docs/training.md'):
+    for document in ('docs/models.md', 'docs/training.md'):
         text = (ROOT / document).read_text()
         assert f'`{message}`' in text
         assert '`TORCH_DEVICE_BACKEND_AUTOLOAD=0`' in text and '`pip uninstall gmnet-timm`' in text

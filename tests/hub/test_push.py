@@ -660,6 +660,7 @@ def test_readme_brings_a_checkpoint_of_the_authors_to_the_hub(run, hub, tmp_path
         distillation_type='none')
     torch.save({'epoch': 309, 'arch': 'gmnet_s3', 'state_dict': weights, 'optimizer': {'state': {}, 'param_groups': []},
                 'version': 2, 'args': args, 'metric': 79.3}, 'FILE')
+    Image.effect_noise((300, 250), 60).convert('RGB').save('cat.jpg')
     readme = (Path(__file__).parents[2] / 'README.md').read_text(encoding='utf-8')
     section = readme[readme.index('## Weights'):readme.index('## Train')]
     (commands,), (program,) = (re.findall(rf'```{language}\n(.*?)```', section, re.DOTALL)
