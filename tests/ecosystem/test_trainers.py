@@ -7,6 +7,7 @@ import torch
 from conftest import randomize
 from torch.nn.functional import cross_entropy
 
+from gmnet_timm.errors import UserError
 from gmnet_timm.weights.model import load_model
 
 LR = .05
@@ -92,8 +93,11 @@ def test_fastai(model, expected, tmp_path):
     learner.remove_cb(ProgressCallback)
     learner.fit(2, LR)
     check(learner.model, model.state_dict(), expected)
-    learner.save(tmp_path / 'trained')
+    learner.save(tmp_path / 'trained', with_opt=False)
     check_file(tmp_path / 'trained.pth', learner.model)
+    learner.save(tmp_path / 'with-optimizer')  # it holds a class of fastai's
+    with pytest.raises(UserError, match='would run code, which is refused. It asks for fastcore'):
+        load_model(str(tmp_path / 'with-optimizer.pth'))
 
 
 def test_fastai_takes_the_name():

@@ -148,8 +148,8 @@ def test_folder_of_transformers_trainer(run, tmp_path):
     lambda weights: {'epoch': 3, 'global_step': 40, 'pytorch-lightning_version': '2.5', 'loops': {}, 'callbacks': {},
                      'optimizer_states': [], 'hyper_parameters': {'lr': 0.1},
                      'state_dict': {f'model.{key}': value for key, value in weights.items()}},
-    lambda weights: {'model': weights, 'opt': {'hypers': [], 'state': []}},
-], ids=['Lightning', 'fastai'])
+    lambda weights: {'model': weights, 'epoch': 3},
+], ids=['Lightning', 'under model'])
 def test_files_of_other_trainers(content, run, tmp_path):
     model = tiny_model()
     torch.save(content(model.state_dict()), tmp_path / 'epoch=3-step=40.ckpt')  # as Lightning names it
