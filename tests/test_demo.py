@@ -233,7 +233,7 @@ def test_full_demo_learns(tmp_path):
     start = time.process_time()
     report = demo.run_demo(tmp_path, device='cpu')
     assert report.top1 >= 80
-    assert time.process_time() - start < 600
+    assert time.process_time() - start < 400
 
 
 def test_a_training_that_diverges_is_said(tmp_path, capsys):

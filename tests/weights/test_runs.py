@@ -179,7 +179,7 @@ HOSTILE = {
     'alias bomb as a mapping': 'a: &a {x: 1}\nb: {<<: [' + ', '.join(['*a'] * 15_000) + ']}',
     'alias of itself': 'a: &a {b: *a}\nmodel_kwargs: *a\nmodel: gmnet_s1',
     'brackets': 'a: ' + '[' * 1000,
-    'many brackets': '[' * 3_000,
+    'many brackets': '[' * 99_000,
     'nested sequences': '- ' * 1000,
     'nested mappings': ''.join(f'{" " * i}a:\n' for i in range(300)),
     'digits': 'epochs: ' + '9' * 6000,
@@ -209,7 +209,7 @@ def test_hostile_yaml_ends_in_a_report(tmp_path, name, capsys):
     assert main(['check-run', str(tmp_path)]) in (0, 1)
     assert tracemalloc.get_traced_memory()[1] < 100e6
     tracemalloc.stop()
-    assert time.perf_counter() - start < 240  # seconds alone; tracemalloc and another worker stretch them
+    assert time.perf_counter() - start < 60
     out, err = capsys.readouterr()
     assert out.startswith('run:') and all(len(line) < 1000 for line in out.splitlines()) and 'Traceback' not in err
 

@@ -7,7 +7,7 @@ from typing import Any
 from gmnet_timm.errors import MissingExtraError, UserError, listed, printable, shown
 from gmnet_timm.files import replacing
 from gmnet_timm.training.recipe import RECIPES, Layout, load_recipe
-from gmnet_timm.weights.runs import Epoch, TrainingRun, is_finite
+from gmnet_timm.weights.runs import ARGS_NAME, Epoch, TrainingRun, is_finite
 
 __all__ = ['deviations', 'format_run', 'plot_run', 'symptoms']
 
@@ -255,6 +255,8 @@ def _describe_checkpoint(run: TrainingRun) -> list[tuple[str, str]]:
         return [('publish', 'no readable checkpoint with a result')]
     ema = ', EMA weights' if best.ema else ''
     what = f'{best.path} (epoch {best.epoch}, {run.eval_metric} {best.metric:.2f}{ema})'
+    if not run.args and (run.path / ARGS_NAME).exists():  # reading it again would fail again, and hostile YAML is slow
+        return [('publish', f'not {what}: {ARGS_NAME} cannot be read, see the note')]
     try:
         source = read_source(best.path)
     except UserError as e:
