@@ -31,6 +31,7 @@ _COUNTS = (
 _MAX_COUNT = 10 ** 9
 _MAX_SUMMARY_BYTES = 10_000_000
 _MAX_YAML_BYTES = 1_000_000  # two hundred times an args.yaml
+_SafeLoader = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)  # libyaml's bounds the depth, and takes no seconds
 _CYCLIC = ('cosine', 'tanh', 'poly')  # schedules that come in cycles
 _WITH_COOLDOWN = (*_CYCLIC, 'wsd', 'rsqrt')
 
@@ -239,14 +240,14 @@ def train_args(args: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_yaml(path: str | Path) -> Any:
-    """Read a YAML file by `yaml.safe_load`.
+    """Read a YAML file by PyYAML's safe loader.
 
     Raises:
         UserError: It is not a readable file, not YAML, or larger than arguments ever are.
     """
     content = _read_bytes(Path(path), _MAX_YAML_BYTES)
     try:
-        return yaml.safe_load(content.decode())
+        return yaml.load(content.decode(), _SafeLoader)
     except (yaml.YAMLError, ArithmeticError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as e:
         # PyYAML's constructors raise almost anything: KeyError for `!!bool x`, for example
         problem, mark = getattr(e, 'problem', None), getattr(e, 'problem_mark', None)
