@@ -1,0 +1,1 @@
+"""What trained GmNets do to spectra, with the gate and with plain activations in its place."""
