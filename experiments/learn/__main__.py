@@ -19,6 +19,9 @@ def parser() -> argparse.ArgumentParser:
              'gelu*v for the regression, some of them for images)')
     parser.add_argument('--seeds', type=int, nargs='+', default=list(range(10)), help='(default: 0 to 9)')
     parser.add_argument(
+        '--tuning-seeds', type=int, nargs='+', default=[1000, 1001], metavar='SEED',
+        help='seeds that choose the learning rate (default: 1000 1001)')
+    parser.add_argument(
         '--learning-rates', type=float, nargs='+', default=[1e-3, 3e-3, 1e-2, 3e-2], metavar='LR',
         help='what is tried for each variant with seeds of its own, and beyond if the best is the first or the last '
              '(default: 0.001 0.003 0.01 0.03)')
@@ -44,7 +47,8 @@ def _run_learn(args: argparse.Namespace) -> None:
     if not args.no_figure:
         require_matplotlib()
     settings = Settings(
-        seeds=tuple(args.seeds), learning_rates=tuple(args.learning_rates), steps=args.steps, scale=args.scale)
+        seeds=tuple(args.seeds), tuning_seeds=tuple(args.tuning_seeds), learning_rates=tuple(args.learning_rates),
+        steps=args.steps, scale=args.scale)
     runs = run_learn(args.output, settings, tasks, args.variants, args.force)
     print(f'\n{format_summary(runs)}\n\n{args.output / "comparisons.csv"} and other tables beside it')
     for task in tasks:

@@ -76,7 +76,11 @@ class Sinusoids:
     @functools.cached_property
     def data(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs and targets, (R, 2, points) and (R, 1, points)."""
-        t = 2 * math.pi * torch.arange(self.points, dtype=torch.float64) / self.points
+        return self.at(0.)
+
+    def at(self, shift: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `data`, at points that are shifted by a part of their distance: .5 for those furthest from training."""
+        t = 2 * math.pi * (torch.arange(self.points, dtype=torch.float64) + shift) / self.points
         k = torch.tensor(self.frequencies, dtype=torch.float64)
         phases = 2 * math.pi * torch.stack([
             torch.rand(len(k), generator=_generator(seed, 1), dtype=torch.float64) for seed in self.seeds])

@@ -196,9 +196,11 @@ def _outcomes(run: dict[str, Any]) -> dict[str, dict[int, float]]:
     regression = run['task'] == 'regression'
     low = [i for i in bands if not run['high'][i] and (regression or i != EMPTY)]
     found: dict[str, dict[int, float]] = {}
-    for seed, curve in zip(run['settings']['seeds'], run['values']):
+    for n, (seed, curve) in enumerate(zip(run['settings']['seeds'], run['values'])):
         if regression:
             values = {'error': stdlib.fmean(curve[-1]), 'error high': stdlib.fmean(curve[-1][i] for i in high)}
+            if run.get('between'):  # runs of the first study have none
+                values = {'error between points': run['between'][n], **values}
         else:
             shares = [[(accuracy - .5) / (IDEAL - .5) for accuracy in values] for values in curve[1:]]
             by_band = [stdlib.fmean(values) for values in zip(*shares)]
@@ -319,8 +321,9 @@ def _train(
     """Train one replica per learning rate and seed of the task, and evaluate each after the given steps.
 
     Returns:
-        Losses and values by replica, step and band, replicas in order of rates, then seeds; number of parameters; and
-        of the trained networks, standard deviation of what enters the activation and the share of it beyond 6.
+        Losses and values by replica, step and band, replicas in order of rates, then seeds; losses `between` the
+        points of a regression; number of parameters; and of the trained networks, standard deviation of what enters
+        the activation and the share of it beyond 6.
     """
     network = Network(Variant(variant), scale=scale, **task.network)
     copies = len(rates)
@@ -340,8 +343,13 @@ def _train(
             x, y = (part.repeat(copies, 1, 1) for part in task.batch())
             train_step(task.loss(network(p, x), y), p, state, lr * _schedule(step, steps), step + 1)
     inside = [torch.cat(_evaluate(network, task, p, i)[2], 1) for i in range(len(lr))]
+    between: list[float] = []
+    if isinstance(task, Sinusoids):
+        x, y = (part.repeat(copies, 1, 1) for part in task.at(.5))
+        with torch.no_grad():
+            between = task.loss(network(p, x), y).tolist()
     return dict(
-        losses=losses, values=values, parameters=network.num_parameters,
+        between=between, losses=losses, values=values, parameters=network.num_parameters,
         pre_gate_std=[z.std().item() for z in inside], beyond_6=[(z > 6).float().mean().item() for z in inside])
 
 
