@@ -19,7 +19,7 @@ from .figure import draw
 from .machine import describe_machine, keep_freed_memory, slug
 from .measure import MEMORY_FORMATS, MODES, Settings, measure
 from .models import MODELS, split
-from .report import faster, report
+from .report import report
 from .results import Results
 from .runtimes import DTYPES, RUNTIMES
 
@@ -56,7 +56,6 @@ def parser() -> argparse.ArgumentParser:
 
     show = commands.add_parser('report', help='print tables, draw the figure')
     show.add_argument('files', nargs='+', type=Path)
-    show.add_argument('--faster', action='store_true', help='print which models are as accurate and faster')
     show.add_argument('--figure', type=Path, help='draw accuracy against latency to this file, .svg or .png')
 
     return top
@@ -118,7 +117,7 @@ def run(args: argparse.Namespace) -> None:
 
 def show(args: argparse.Namespace) -> None:
     results = [Results.load(path) for path in args.files]
-    print(faster(results) if args.faster else report(results))
+    print(report(results))
     if args.figure:
         draw(results, args.figure)
 

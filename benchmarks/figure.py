@@ -1,4 +1,5 @@
 """Published accuracy against measured latency."""
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ OURS, OTHERS = 'tab:red', 'tab:blue'
 
 
 def draw(results: Sequence[Results], path: Path) -> None:
-    """Draw top-1 against latency, one panel per machine and runtime, to an SVG file or what else matplotlib writes.
+    """Draw top-1 against latency in the fastest runtime of each machine, to an SVG file or what else matplotlib writes.
 
     Args:
         results: Of latency runs. Fused models are drawn, in the faster memory format.
@@ -34,13 +35,16 @@ def draw(results: Sequence[Results], path: Path) -> None:
         raise MissingExtraError(e.name or 'matplotlib', 'bench') from e
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
-    panels = [
-        (f'{runtime}\n{machine(r)}', points)
-        for r in results if r.settings.mode == 'latency' for runtime, points in latencies(r).items()]
+    panels = []
+    for r in results:
+        times = latencies(r) if r.settings.mode == 'latency' else {}
+        if times:
+            runtime = min(times, key=lambda name: statistics.median(times[name].values()))
+            panels.append((f'{runtime}, {machine(r)}', times[runtime]))
     if not panels:
         raise UserError('The figure needs latencies of fused models: python -m benchmarks run latency')
 
-    height = 3.8 + 0.05 * max(len(points) for _, points in panels)  # more models need more room for their names
+    height = 3.8 + 0.08 * max(len(points) for _, points in panels)  # more models need more room for their names
     with plt.rc_context({'svg.fonttype': 'none', 'svg.hashsalt': 'benchmarks', 'font.size': 8}):
         figure, axes = plt.subplots(
             len(panels), 1, figsize=(9, height * len(panels)), squeeze=False, layout='constrained')
@@ -62,7 +66,7 @@ def draw(results: Sequence[Results], path: Path) -> None:
         for ax, labels in zip(axes.flat, texts):
             adjust_text(
                 labels, ax=ax, x=[v for line in ax.lines for v in line.get_xdata()],
-                y=[v for line in ax.lines for v in line.get_ydata()], iter_lim=600, expand=(1.1, 1.3),
+                y=[v for line in ax.lines for v in line.get_ydata()], iter_lim=1500, expand=(1.15, 1.5),
                 force_text=(0.3, 0.5), force_static=(0.2, 0.4), max_move=(6, 6),
                 arrowprops=dict(arrowstyle='-', color='0.5', lw=0.4))
         with replacing(path) as temporary:

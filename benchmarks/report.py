@@ -7,10 +7,9 @@ from .measure import Case, Row
 from .models import find
 from .results import Results
 
-__all__ = ['conditions', 'faster', 'latencies', 'machine', 'report', 'table']
+__all__ = ['conditions', 'latencies', 'machine', 'report', 'table']
 
 SMOKE = 'SMOKE RUN: small images, a few iterations. It shows that everything runs; its times say nothing.'
-ONE_PERCENT = 0.99  # closer than this two models count as equally fast
 
 
 def report(results: Sequence[Results]) -> str:
@@ -109,37 +108,6 @@ def latencies(results: Results) -> dict[str, dict[str, float]]:
             ms = statistics.median(row.samples_ms)
             models[row.case.model] = min(ms, models.get(row.case.model, ms))
     return times
-
-
-def faster(results: Sequence[Results]) -> str:
-    """For each GmNet and runtime, the models that are at least as accurate and faster, with their share of its time."""
-    return '\n\n'.join(
-        f'{machine(r)}, {teacher}:\n\n{faster_table(r, distilled)}'
-        for r in results
-        for distilled, teacher in ((False, 'trained without a teacher, as GmNet is'), (True, 'distilled')))
-
-
-def faster_table(results: Results, distilled: bool) -> str:
-    times = latencies(results)
-    ours = [name for name in results.settings.models if name.startswith('gmnet') and find(name).top1]
-    lines = [
-        [f'`{name}` ({find(name).top1:.1f} %)', *(rivals(name, models, distilled) for models in times.values())]
-        for name in ours]
-    return markdown(['', *times], lines)
-
-
-def rivals(name: str, ms: dict[str, float], distilled: bool) -> str:
-    """A cell of the table: the fastest first; `~` is within one percent."""
-    if name not in ms:
-        return ''
-    found = []
-    for other in sorted(ms, key=ms.__getitem__):
-        model = find(other)
-        top1 = model.top1_distilled if distilled else model.top1
-        share = ms[other] / ms[name]
-        if not other.startswith('gmnet') and top1 and top1 >= (find(name).top1 or 0) and share < 1 / ONE_PERCENT:
-            found.append(f'`{other}` {"~" if share > ONE_PERCENT else f"{share:.2f}"}')
-    return ', '.join(found) or 'none'
 
 
 def memory_table(results: Results) -> str:
