@@ -21,6 +21,7 @@ from gmnet_timm.training.recipe import (
     compose_recipe,
     launch_commands,
     load_recipe,
+    plan_finetuning,
     plan_layout,
     slurm_script,
 )
@@ -215,8 +216,12 @@ def test_command_writes_the_file_and_prints_what_runs_it(tmp_path, capsys):
     (['gmnet_s1', '--recipe', 'cifar'], 'Recipes: imagenet, imagenet-fast, finetune'),
     (['gmnet_s1', '--slurm', '--gpus', '8'], '-o FILE'),
     (['gmnet_s1', '--pretrained-path', 'a.pth'], 'from scratch'),
-    (['gmnet_s1', '--recipe', 'finetune'], '--num-classes'),
+    (['gmnet_s1', '--img-size', '64'], 'from scratch'),
+    (['gmnet_s1', '--recipe', 'finetune', '--pretrained-path', 'a.pth'], '--num-classes'),
     (['gmnet_s1', '--recipe', 'finetune', '--num-classes', '3'], '--pretrained-path'),
+    (['gmnet_s1', '--recipe', 'finetune', '--pretrained-path', 'a.pth', '--data-dir', 'nowhere'], 'train/CLASS'),
+    (['gmnet_s4', '--recipe', 'finetune', '--pretrained-path', 'a.pth', '--num-classes', '3', '--memory', '1'],
+     '--img-size'),
 ])
 def test_command_refuses_with_what_to_do(argv, message, capsys):
     assert main(['recipe', *argv]) == 1
@@ -231,12 +236,47 @@ def test_finetune_command(capsys, tmp_path, monkeypatch):
     out = capsys.readouterr().out
     assert 'IMAGENET' not in out and '--data-dir "$DATA_DIR"' in out and '# DATA_DIR: your images' in out
     recipe = yaml.safe_load(out)
-    assert recipe == {**load_recipe('finetune'), 'model': 'gmnet_s1', 'num_classes': 3, 'pretrained_path': 'a.pth'}
+    published = load_recipe('finetune')
+    scaled = {key: published[key] * 64 / RECIPES['finetune'] for key in ('lr', 'warmup_lr', 'min_lr')}
+    assert recipe == {**published, **scaled, 'model': 'gmnet_s1', 'num_classes': 3, 'pretrained_path': 'a.pth',
+                      'batch_size': 64}  # half of 8 GB over 48 MiB per image is 79
     assert recipe['pretrained'] and 0 < recipe['layer_decay'] < 1
-    assert recipe['batch_size'] * recipe['grad_accum_steps'] == RECIPES['finetune']
-    assert main([*argv, '--data-dir', 'my images']) == 0
+
+
+def test_finetuning_follows_from_the_folder(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({'state_dict': timm.create_model('gmnet_s1').state_dict(), 'args': {'model': 'gmnet_s1'}}, 'a.pth')
+    for name in ('cat', 'dog'):
+        folder = tmp_path / 'my images' / 'train' / name
+        folder.mkdir(parents=True)
+        for i in range(170):
+            (folder / f'{i}.png').touch()
+    argv = ['recipe', 'gmnet_s1', '--recipe', 'finetune', '--pretrained-path', 'a.pth', '--data-dir', 'my images']
+    assert main([*argv, '--memory', '4', '--img-size', '96']) == 0
     out = capsys.readouterr().out
     assert "--data-dir 'my images'" in out and 'DATA_DIR' not in out
+    recipe = yaml.safe_load(out)
+    assert (recipe['num_classes'], recipe['img_size']) == (2, 96)
+    assert recipe['batch_size'] == 16  # 340 images in at least 20 updates per epoch
+    assert recipe['epochs'] == 48 and recipe['warmup_epochs'] == 4  # of 21 updates
+    assert recipe['lr'] == 16 / 256 * 5e-4
+    assert main([*argv, '--num-classes', '3']) == 1
+    assert '2 classes, and --num-classes says 3' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('memory, images, size, expected', [
+    (8, None, 224, dict(batch_size=64)),
+    (80, None, 224, dict(batch_size=256)),
+    (8, 1_000_000, 224, dict(batch_size=64, epochs=5, warmup_epochs=1)),
+    (8, 960, 224, dict(batch_size=32, epochs=33, warmup_epochs=3)),
+    (1, 960, 224, dict(batch_size=8, epochs=8, warmup_epochs=1)),
+    (8, 30, 224, dict(batch_size=8, epochs=100, warmup_epochs=10)),
+    (1, 960, 64, dict(batch_size=32, epochs=33, warmup_epochs=3)),
+])
+def test_finetuning_plans(memory, images, size, expected):
+    assert plan_finetuning('gmnet_s1', memory, images, size) == expected
+    with pytest.raises(RecipeError, match='--img-size'):
+        plan_finetuning('gmnet_s4', 1, images, 224)
 
 
 def test_finetune_keeps_the_network_that_the_weights_were_trained_in(capsys, tmp_path, monkeypatch):

@@ -25,12 +25,19 @@ def _add_recipe(commands) -> None:
         '--recipe', default='imagenet', help='imagenet, imagenet-fast, finetune or frequency (default: imagenet)')
     parser.add_argument('--gpus', type=int, default=1, help='GPUs over all nodes (default: 1)')
     parser.add_argument('--nodes', type=int, default=1, help='machines (default: 1)')
-    parser.add_argument('--batch-size', type=int, default=256, help='images per GPU and forward pass (default: 256)')
+    parser.add_argument(
+        '--batch-size', type=int,
+        help='images per GPU and forward pass (default: 256, for finetune what fits data and memory)')
+    parser.add_argument(
+        '--memory', type=float, default=8., metavar='GB',
+        help='for finetune: of the GPU, or that a CPU may use (default: %(default)g)')
+    parser.add_argument('--img-size', type=int, metavar='PIXELS', help='for finetune: side of the images (default: 224)')
     parser.add_argument(
         '--grad-accum-steps', type=int, help='gradient accumulation steps (default: what the recipe needs)')
     parser.add_argument(
         '--scale-lr', action='store_true', help='any global batch size, at the same learning rate per image')
-    parser.add_argument('--num-classes', type=int, help='number of classes, required by finetune')
+    parser.add_argument(
+        '--num-classes', type=int, help='number of classes (default for finetune: the folders of --data-dir)')
     parser.add_argument('--pretrained-path', metavar='FILE', help='checkpoint that finetune starts from')
     parser.add_argument(
         '--data-dir', help='folder of the images in the printed commands (default: $IMAGENET, $DATA_DIR for finetune)')
@@ -47,10 +54,12 @@ def _run_recipe(args: argparse.Namespace) -> int:
     from gmnet_timm.training import recipe as recipes
 
     _check_model(args.model)
+    total = recipes.global_batch_size(args.recipe)
+    values = _finetuning_values(args) if args.recipe == 'finetune' else _imagenet_values(args)
     layout = recipes.plan_layout(
-        args.gpus, args.batch_size, total=recipes.global_batch_size(args.recipe),
-        grad_accum_steps=args.grad_accum_steps, nodes=args.nodes, scale_lr=args.scale_lr)
-    text = recipes.compose_recipe(args.model, layout, args.recipe, **_recipe_values(args))
+        args.gpus, args.batch_size or values.pop('batch_size', 256), total=total,
+        grad_accum_steps=args.grad_accum_steps, nodes=args.nodes, scale_lr=args.scale_lr or args.recipe == 'finetune')
+    text = recipes.compose_recipe(args.model, layout, args.recipe, **values)
     if args.slurm and args.output is None:
         raise UserError('--slurm needs -o FILE: the batch script names the YAML file.')
     config = args.output or 'recipe.yaml'
@@ -85,18 +94,47 @@ def _check_model(name: str | None) -> None:
     raise UserError(f'timm knows no model {name}. {near_names(name)}')
 
 
-def _recipe_values(args: argparse.Namespace) -> dict[str, Any]:
-    if args.recipe != 'finetune' and args.pretrained_path is not None:
-        raise UserError('--pretrained-path is for --recipe finetune. The ImageNet recipes train from scratch.')
-    if args.recipe == 'finetune' and args.num_classes is None:
-        raise UserError('finetune needs --num-classes, the number of classes of your data.')
-    if args.recipe == 'finetune' and args.pretrained_path is None and ':' not in args.model:
+def _imagenet_values(args: argparse.Namespace) -> dict[str, Any]:
+    for option in ('pretrained_path', 'img_size'):
+        if getattr(args, option) is not None:
+            raise UserError(f'--{option.replace("_", "-")} is for --recipe finetune. The ImageNet recipes train from '
+                            'scratch on images of 224 pixels.')
+    return {} if args.num_classes is None else dict(num_classes=args.num_classes)
+
+
+def _finetuning_values(args: argparse.Namespace) -> dict[str, Any]:
+    from gmnet_timm.training.recipe import plan_finetuning
+
+    if args.pretrained_path is None and ':' not in args.model:
         raise UserError(
             'finetune starts from trained weights: give --pretrained-path FILE, or a model hf-hub:OWNER/NAME.')
-    values = dict(num_classes=args.num_classes, pretrained_path=args.pretrained_path)
+    images = None
+    if args.data_dir is not None:
+        images, classes = _count_images(args.data_dir)
+        if args.num_classes not in (None, classes):
+            raise UserError(f'{args.data_dir} has {classes} classes, and --num-classes says {args.num_classes}.')
+        args.num_classes = classes
+    if args.num_classes is None:
+        raise UserError('finetune needs your classes: give --data-dir, or --num-classes.')
+    values = dict(num_classes=args.num_classes)
+    if args.batch_size is None:
+        values.update(plan_finetuning(args.model, args.memory, images, args.img_size or 224))
+    if args.img_size is not None:
+        values.update(img_size=args.img_size)
     if args.pretrained_path is not None:
-        values.update(_network_of(args.model, args.pretrained_path))
+        values.update(pretrained_path=args.pretrained_path, **_network_of(args.model, args.pretrained_path))
     return {key: value for key, value in values.items() if value is not None}
+
+
+def _count_images(data_dir: str) -> tuple[int, int]:
+    """Training images and classes of a folder, as train.py counts them."""
+    from timm.data import create_dataset
+
+    try:
+        dataset = create_dataset('', data_dir, split='train')
+    except (AssertionError, OSError, RuntimeError, ValueError) as e:
+        raise UserError(f'{data_dir} cannot be read as an image folder, train/CLASS/*: {e}') from e
+    return len(dataset), len(dataset.reader.class_to_idx)
 
 
 def _network_of(model: str, path: str) -> dict[str, Any]:

@@ -17,9 +17,11 @@ _FREE = {
     'model', 'grad_accum_steps', 'workers', 'pin_mem', 'channels_last', 'torchcompile', 'grad_checkpointing',
     'eval_metric', 'checkpoint_hist', 'log_interval',
 }
-# What finetune.yaml leaves to the user: the classes and the weights to start from, with their network and images
+# What finetune.yaml leaves to the user: the classes, the weights to start from with their network and images, and what
+# follows from data and memory
 _OWN = {'finetune': {
-    'num_classes', 'pretrained_path', 'gp', 'model_kwargs', 'class_map', 'interpolation', 'crop_pct', 'mean', 'std'}}
+    'num_classes', 'pretrained_path', 'gp', 'model_kwargs', 'class_map', 'interpolation', 'crop_pct', 'mean', 'std',
+    'img_size', 'epochs', 'warmup_epochs'}}
 # What changes the network or its data, and is set by no recipe
 _NETWORK = ('gp', 'in_chans', 'input_size', 'model_kwargs', 'bn_eps', 'split_bn', 'head_init_scale', 'head_init_bias',
             'drop_block', 'train_split', 'val_split', 'class_map', 'opt_kwargs')
@@ -71,7 +73,7 @@ def deviations(run: TrainingRun, recipe: str = 'imagenet', world_size: int | Non
                and wanted[name] not in _EMPTY and not _is_idle(name, args)]
     if missing:
         found.append(f'not recorded: {listed(missing)}')
-    if layout and layout.global_batch_size != RECIPES[recipe]:
+    if layout and recipe not in _OWN and layout.global_batch_size != RECIPES[recipe]:
         found.append(f'global batch size {layout.global_batch_size} instead of {RECIPES[recipe]}')
     return found + _describe_other_start(run)
 

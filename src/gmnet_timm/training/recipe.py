@@ -4,6 +4,7 @@ A recipe is a YAML file for `train.py -c`. What stays fixed when the number of G
 world size x batch size x gradient accumulation steps. The published one is 2048.
 """
 import dataclasses
+import math
 import re
 import shlex
 from pathlib import Path
@@ -16,7 +17,7 @@ from gmnet_timm.weights.runs import read_yaml
 
 __all__ = [
     'RECIPES', 'Layout', 'RecipeError', 'compose_recipe', 'global_batch_size', 'launch_commands', 'load_recipe',
-    'plan_layout', 'run_name', 'slurm_script',
+    'plan_finetuning', 'plan_layout', 'run_name', 'slurm_script',
 ]
 
 # recipe -> global batch size that its learning rates are for
@@ -25,6 +26,10 @@ RECIPES = {'imagenet': 2048, 'imagenet-fast': 2048, 'finetune': 256, 'frequency'
 _LEARNING_RATES = ('lr', 'warmup_lr', 'min_lr')  # scaled alike, so that the schedule keeps its form
 
 _MAX_NUMBER = 1_000_000
+
+# MiB that a training keeps per image of 224 pixels in float32; tests/test_gmnet_memory.py counts them
+_KEPT_MIB = {'gmnet_s1': 48, 'gmnet_s2': 54, 'gmnet_s3': 79, 'gmnet_s4': 120}
+_UPDATES = 1000  # that a fine-tuning aims at, within 5 to 100 epochs
 
 
 class RecipeError(UserError, ValueError):
@@ -96,6 +101,36 @@ def plan_layout(
     if layout.global_batch_size != total:
         raise RecipeError(f'{layout}, not {total}. {_proposal(layout, total)}')
     return layout
+
+
+def plan_finetuning(model: str, memory_gb: float, images: int | None = None, img_size: int = 224) -> dict[str, int]:
+    """Batch size and schedule of a fine-tuning that fits data and memory. Ours, as the recipe is.
+
+    The batch is a power of two from 8 to 256: the largest that half of the memory holds, and that makes at least 20
+    updates per epoch. Epochs are as many as make about 1,000 updates, 5 at least and 100 at most.
+
+    Args:
+        model: Model name.
+        memory_gb: GB of the GPU, or of main memory that the training may take on a CPU.
+        images: Number of training images, None if it is not known: the recipe's epochs are kept.
+        img_size: Side of the images in pixels.
+
+    Returns:
+        Values of the recipe.
+
+    Raises:
+        RecipeError: Not even a batch of 8 fits.
+    """
+    kept = _KEPT_MIB.get(model, max(_KEPT_MIB.values())) * (img_size / 224) ** 2
+    most = min(256., .5 * memory_gb * 1e9 / 2 ** 20 / kept)
+    if most < 8:
+        raise RecipeError(f'{memory_gb:g} GB do not hold a batch of 8 images of {img_size} pixels: use smaller images '
+                          '(--img-size), or state the batch (--batch-size).')
+    if images is None:
+        return dict(batch_size=1 << int(math.log2(most)))
+    batch_size = 1 << int(math.log2(max(8., min(most, images / 20))))
+    epochs = min(100, max(5, round(_UPDATES / max(1, images // batch_size))))
+    return dict(batch_size=batch_size, epochs=epochs, warmup_epochs=max(1, epochs // 10))
 
 
 def global_batch_size(recipe: str) -> int:
