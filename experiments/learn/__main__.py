@@ -3,7 +3,6 @@ import argparse
 import sys
 
 from experiments.command import parser_for, run_command
-from gmnet_timm.cli.frequency_options import add_figures, save_figures
 
 
 def parser() -> argparse.ArgumentParser:
@@ -29,7 +28,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         '--scale', type=float, default=1.,
         help='standard deviation of what enters the activation at the start (default: %(default)g)')
-    add_figures(parser)
     return parser
 
 
@@ -39,21 +37,14 @@ def _run_learn(args: argparse.Namespace) -> None:
     Writes the curves of each task, the choice of learning rates, and paired comparisons of the gates, corrected for
     their number. A repeated call goes on; --force replaces runs of other settings.
     """
-    from experiments.figures import draw_learning
     from experiments.learn.trainings import TASKS, Settings, format_summary, run_learn
-    from gmnet_timm.frequency.extras import require_matplotlib
 
     tasks = tuple(args.tasks or TASKS)
-    if not args.no_figure:
-        require_matplotlib()
     settings = Settings(
         seeds=tuple(args.seeds), tuning_seeds=tuple(args.tuning_seeds), learning_rates=tuple(args.learning_rates),
         steps=args.steps, scale=args.scale)
     runs = run_learn(args.output, settings, tasks, args.variants, args.force)
     print(f'\n{format_summary(runs)}\n\n{args.output / "comparisons.csv"} and other tables beside it')
-    for task in tasks:
-        found = [run for run in runs if run['task'] == task]
-        save_figures(args, f'learn-{task}', lambda found=found: draw_learning(found), force=True)
 
 
 if __name__ == '__main__':

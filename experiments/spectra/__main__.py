@@ -1,4 +1,4 @@
-"""Spectra before and after the gates of trained GmNets, and of activations in their place: python -m experiments.spectra
+"""Spectra around the gates of trained GmNets, and activations in their place: python -m experiments.spectra
 
 Trains GmNet-S1 on the demo's photographs with each function and seed, then measures `high` on validation images.
 """

@@ -89,7 +89,8 @@ def report(rows: Iterable[Mapping[str, Any]]) -> str:
     trainings: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for row in rows:
         trainings.setdefault((row['variant'], int(row['seed'])), []).append(row)
-    lines = ['| function | seed | top-1, % | raised, of | high after / before | miss of theory |', '|---|---|---|---|---|---|']
+    heads = ('function', 'seed', 'top-1, %', 'raised, of', 'high after / before', 'miss of theory')
+    lines = [f'| {" | ".join(heads)} |', '|---' * len(heads) + '|']
     for (variant, seed), gates in trainings.items():
         mean = statistics.fmean(float(row['log_ratio']) for row in gates)
         miss = statistics.fmean(abs(math.log(float(row['theory']) / float(row['after']))) for row in gates)

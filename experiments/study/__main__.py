@@ -1,7 +1,6 @@
 """Do gates use high frequencies better than activations? Trainings, tests and power: python -m experiments.study"""
 import argparse
 import sys
-from pathlib import Path
 
 from experiments.command import parser_for, run_command
 from gmnet_timm.errors import UserError, listed
@@ -9,15 +8,10 @@ from gmnet_timm.errors import UserError, listed
 
 def parser() -> argparse.ArgumentParser:
     parser = parser_for('study', _run_study, __doc__)
+    parser.add_argument('--img-size', type=int, default=56, metavar='PIXELS', help='(default: %(default)s)')
     parser.add_argument(
-        '--data-dir', type=Path, metavar='DIR',
-        help='image folder with train and validation, such as ImageNet (default: patches of the photographs)')
-    parser.add_argument(
-        '--img-size', type=int, metavar='PIXELS',
-        help="side of the images, from 224 on with the paper's networks (default: 56, 224 with --data-dir)")
-    parser.add_argument(
-        '--radii', type=float, nargs='+', metavar='R',
-        help='in cycles per image (default: 1 2 3 4 6 9 14 for 56 pixels, in proportion for other sizes)')
+        '--radii', type=float, nargs='+', default=[1., 2., 3., 4., 6., 9., 14.], metavar='R',
+        help='in cycles per image (default: 1 2 3 4 6 9 14)')
     parser.add_argument('--seeds', type=int, nargs='+', default=list(range(10)), help='(default: 0 to 9)')
     parser.add_argument(
         '--tuning-seeds', type=int, default=2, metavar='N',
@@ -27,10 +21,9 @@ def parser() -> argparse.ArgumentParser:
         help='to choose from (default: 0.003 0.01 0.03)')
     parser.add_argument('--bodies', nargs='+', choices=['ResNet', 'MobileNetV2'], help='(default: both)')
     parser.add_argument(
-        '--variants', nargs='+', metavar='VARIANT', help='such as "ReLU(x)" "x·x" (default: those of README.md here)')
+        '--variants', nargs='+', metavar='VARIANT', help='such as "ReLU(x)" "x·x" (default: those of models.py)')
     parser.add_argument('--epochs', type=int, default=5, help='(default: %(default)s)')
     parser.add_argument('--batch-size', type=int, default=32, help='(default: %(default)s)')
-    parser.add_argument('--workers', type=int, default=8, help='processes that load images (default: %(default)s)')
     parser.add_argument('--device', default='auto', help='(default: a GPU if there is one)')
     return parser
 
@@ -38,37 +31,31 @@ def parser() -> argparse.ArgumentParser:
 def _run_study(args: argparse.Namespace) -> None:
     """Train small networks with each activation and gate, and compare them on low-pass and high-pass images.
 
-    A repeated call goes on where the last one stopped. Writes tables, report.md and figures.
+    A repeated call goes on where the last one stopped. Writes tables.
     """
     import torch
 
-    from experiments.study.data import FolderData, PhotoData
+    from experiments.study.data import PhotoData
     from experiments.study.models import STUDIED, VARIANTS
     from experiments.study.report import write_report
     from experiments.study.trainings import StudySettings, run_study
     from gmnet_timm.device import resolve_device
-    from gmnet_timm.frequency.extras import require_matplotlib, require_scipy
     from gmnet_timm.frequency.split import check_corner
 
-    require_matplotlib()
-    require_scipy('stats')
-    size = args.img_size or (224 if args.data_dir else 56)
-    radii = tuple(args.radii or (radius * size / 56 for radius in StudySettings.radii))
-    check_corner(radii, (size, size))
+    check_corner(args.radii, (args.img_size, args.img_size))
     if args.epochs < 2 or args.batch_size < 2 or len(set(args.seeds)) < 2 or args.tuning_seeds < 1:
         raise UserError('The study needs at least 2 epochs (the first is the warm-up), 2 images per batch, 2 seeds to '
                         'compare and 1 to tune.')
     device = torch.device(resolve_device(args.device))
-    data = FolderData(args.data_dir, size, args.batch_size, args.workers) if args.data_dir \
-        else PhotoData(size, batch_size=args.batch_size)
+    data = PhotoData(args.img_size, batch_size=args.batch_size)
     unknown = [variant for variant in args.variants or () if variant not in VARIANTS]
     if unknown:
         raise UserError(f'There is no variant {listed(unknown)}. Variants: {", ".join(VARIANTS)}.')
     pairs = [(body, variant) for body in args.bodies or STUDIED for variant in args.variants or STUDIED[body]]
     run_study(
-        args.output, data, StudySettings(radii, args.epochs), pairs, args.learning_rates, args.seeds,
+        args.output, data, StudySettings(tuple(args.radii), args.epochs), pairs, args.learning_rates, args.seeds,
         args.tuning_seeds, device)
-    print(f'\n{write_report(args.output)}\n{args.output / "report.md"} and figures beside it')
+    print(f'\n{write_report(args.output)}\n{args.output / "tests.csv"} and other tables beside it')
 
 
 if __name__ == '__main__':

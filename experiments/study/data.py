@@ -1,23 +1,19 @@
-"""Images of the study: patches of the demo's photographs, or an image folder such as ImageNet.
+"""Images of the study: patches of the demo's photographs.
 
 Three parts share no pixel: one to train on, one to choose the learning rate with, one to test on. `standardize` takes
 from each image its own mean and contrast, so that neither can tell one class from another.
 """
 import dataclasses
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
-from timm.data import create_dataset, create_transform
-from torch.utils.data import DataLoader, Subset
 
 from gmnet_timm.demo import PHOTOS, photo_pixels
 from gmnet_timm.errors import UserError
 
-__all__ = ['FolderData', 'PhotoData', 'StudyData', 'standardize']
+__all__ = ['Batches', 'PhotoData', 'TrainingBatches', 'standardize']
 
 Batches = Iterator[tuple[torch.Tensor, torch.Tensor]]
 
@@ -30,33 +26,6 @@ def standardize(images: torch.Tensor) -> torch.Tensor:
     """Give each channel of each image (..., H, W) a mean of 0 and a standard deviation of 1."""
     x = images - images.mean((-2, -1), keepdim=True)
     return x / x.std((-2, -1), correction=0, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-
-
-class StudyData(Protocol):
-    """What the study asks of its images, which come normalised by mean and standard deviation of the whole data."""
-
-    classes: tuple[str, ...]
-    channels: int
-    size: int
-    description: dict[str, Any]  # what decides the images, for the files of runs
-
-    def training(self, seed: int) -> 'TrainingBatches':
-        """Batches of one epoch at each pass, in an order that depends on the seed."""
-        ...
-
-    def evaluation(self, part: str, seed: int) -> Batches:
-        """All images of the part 'tune' or 'test' in an order that depends on the seed."""
-        ...
-
-
-class TrainingBatches(Protocol):
-    """An iterable with a length."""
-
-    def __len__(self) -> int:
-        ...
-
-    def __iter__(self) -> Batches:
-        ...
 
 
 class PhotoData:
@@ -110,17 +79,19 @@ class PhotoData:
         return (images - self.mean) / self.std, labels[torch.from_numpy(order)]
 
     def training(self, seed: int) -> 'TrainingBatches':
-        """As of `StudyData`; half of the patches are mirrored."""
-        return _PatchBatches(self, np.random.default_rng([seed, 0]))
+        """Batches of one epoch at each pass, drawn anew, in an order that depends on the seed; half are mirrored."""
+        return TrainingBatches(self, np.random.default_rng([seed, 0]))
 
     def evaluation(self, part: str, seed: int) -> Batches:
-        """As of `StudyData`; the patches depend on the seed too."""
+        """Patches of the part 'tune' or 'test', which depend on the seed, in an order that does too."""
         images, labels = self.draw(part, np.random.default_rng([seed, 1]))
         return zip(images.split(self.batch_size), labels.split(self.batch_size))
 
 
 @dataclasses.dataclass
-class _PatchBatches:
+class TrainingBatches:
+    """Batches of one epoch at each pass."""
+
     data: PhotoData
     rng: np.random.Generator
 
@@ -134,65 +105,6 @@ class _PatchBatches:
         size = self.data.batch_size
         for i in range(len(self)):
             yield images[i * size:(i + 1) * size], labels[i * size:(i + 1) * size]
-
-
-class FolderData:
-    """An image folder with the splits `train` and `validation`, one sub-folder per class, such as ImageNet.
-
-    The validation split tests. One in `tune_every` training images chooses the learning rate, and is not trained on.
-    """
-
-    channels = 3
-
-    def __init__(self, root: Path, size: int = 224, batch_size: int = 64, workers: int = 8, tune_every: int = 50):
-        """
-        Args:
-            root: Folder with `train/CLASS/*` and `validation/CLASS/*`.
-            size: Side of the images in pixels.
-            batch_size: Images per batch.
-            workers: Processes that load images.
-            tune_every: One training image in this many is kept to tune with.
-
-        Raises:
-            UserError: The folder cannot be read, or is too small.
-        """
-        self.size, self.batch_size, self.workers = size, batch_size, workers
-        self.description = dict(images=str(root), size=size, tune_every=tune_every, batch_size=batch_size)
-        try:
-            splits = {split: create_dataset('', str(root), split=split) for split in ('train', 'validation')}
-        except (RuntimeError, OSError, AssertionError, ValueError) as e:
-            raise UserError(f'{root} cannot be read as an image folder with train and validation: {e}') from e
-        classes = {split: tuple(dataset.reader.class_to_idx) for split, dataset in splits.items()}
-        if classes['train'] != classes['validation']:
-            raise UserError(f'{root} has not the same classes in train and validation.')
-        self.classes = classes['train']
-        order = np.random.default_rng(0).permutation(len(splits['train']))
-        kept = len(order) // tune_every
-        if not kept or len(order) - kept < batch_size:
-            raise UserError(f'{root} has {len(order)} training images, too few to keep one in {tune_every} of them.')
-        evaluation = create_transform((3, size, size), is_training=False)
-        tune = create_dataset('', str(root), split='train', transform=evaluation)
-        splits['train'].transform = create_transform(
-            (3, size, size), is_training=True, color_jitter=None)  # type: ignore[arg-type]  # timm's way to turn it off
-        splits['validation'].transform = evaluation
-        self.parts = {
-            'train': Subset(splits['train'], order[kept:].tolist()),
-            'tune': Subset(tune, order[:kept].tolist()),
-            'test': splits['validation'],
-        }
-
-    def training(self, seed: int) -> TrainingBatches:
-        """As of `StudyData`, with timm's random crops and mirroring."""
-        return self._loader('train', seed)
-
-    def evaluation(self, part: str, seed: int) -> Batches:
-        """As of `StudyData`, with timm's preprocessing."""
-        return iter(self._loader(part, seed))
-
-    def _loader(self, part: str, seed: int) -> DataLoader:
-        return DataLoader(
-            self.parts[part], self.batch_size, shuffle=True, drop_last=part == 'train', num_workers=self.workers,
-            generator=torch.Generator().manual_seed(seed), pin_memory=torch.cuda.is_available())
 
 
 def _quarter(photo: np.ndarray, row: int, column: int) -> tuple[slice, slice]:

@@ -1,6 +1,5 @@
 """Networks of the study: two bodies, and what takes the place of an activation in their blocks."""
-import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import timm
@@ -13,7 +12,7 @@ from torch import nn
 from gmnet_timm.errors import UserError
 from gmnet_timm.gated import Gate, replace_activations
 
-__all__ = ['BODIES', 'COMPARISONS', 'STUDIED', 'VARIANTS', 'GateStatistics', 'create_study_model', 'measure_gates']
+__all__ = ['BODIES', 'COMPARISONS', 'STUDIED', 'VARIANTS', 'create_study_model']
 
 SCALE = 4.  # of the gate that is clipped: at 6 / 4 = 1.5
 SMALLEST_MAP = 7
@@ -49,7 +48,6 @@ STUDIED: dict[str, tuple[str, ...]] = {
     'ResNet': tuple(VARIANTS),
     'MobileNetV2': ('ReLU(x)', 'GELU(x)', 'x·x', 'ReLU6(x)·x', 'GELU(x)·x'),
 }
-LIMITS = {'ReLU6(x)·x': 6., 'ReLU6(4x)/4·x': 6. / SCALE}  # where a variant clips
 
 # first, second, and the question that first - second answers; one family of tests over both bodies
 COMPARISONS: tuple[tuple[str, str, str], ...] = (
@@ -63,7 +61,6 @@ COMPARISONS: tuple[tuple[str, str, str], ...] = (
     ('ReLU6(4x)/4·x', 'ReLU(x)·x', 'a kink at the top that values reach'),
     ('ReLU6(x)·x', 'ReLU(x)·x', 'control: one function under two names'),
 )
-PAPER = [(first, second) for first, second, question in COMPARISONS if "the paper's" in question]  # it says: above
 
 
 def _small_resnet(**kwargs: Any) -> nn.Module:
@@ -78,38 +75,11 @@ def _small_mobilenetv2(**kwargs: Any) -> nn.Module:
         decode_arch_def(stages), stem_size=8, num_features=64, round_chs_fn=round, act_layer='relu6', **kwargs)
 
 
-# body -> network for patches, and the paper's for images of 224 pixels
-BODIES: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module]]] = {
-    'ResNet': (_small_resnet, lambda **kwargs: timm.create_model('resnet18', **kwargs)),
-    'MobileNetV2': (_small_mobilenetv2, lambda **kwargs: timm.create_model('mobilenetv2_100', **kwargs)),
-}
+BODIES: dict[str, Callable[..., nn.Module]] = {'ResNet': _small_resnet, 'MobileNetV2': _small_mobilenetv2}
 
 
-@dataclasses.dataclass(frozen=True)
-class GateStatistics:
-    """What enters the activation or gate of one block.
-
-    Attributes:
-        height: Of the map.
-        width: Of the map.
-        std: Standard deviation of all values.
-        clipped: Share of values beyond the limit of the variant, 0 where it has none.
-    """
-
-    height: int
-    width: int
-    std: float
-    clipped: float
-
-
-def create_study_model(
-        body: str,
-        variant: str,
-        size: int,
-        in_chans: int,
-        num_classes: int,
-) -> tuple[nn.Module, list[nn.Module]]:
-    """Create a network: a small one for images below 224 pixels, the paper's from there on.
+def create_study_model(body: str, variant: str, size: int, in_chans: int, num_classes: int) -> nn.Module:
+    """Create a network.
 
     Args:
         body: A key of `BODIES`.
@@ -118,41 +88,19 @@ def create_study_model(
         in_chans: Channels of the images.
         num_classes: Number of classes.
 
-    Returns:
-        The network and the modules of the variant in it.
-
     Raises:
-        UserError: One of them works on maps below 7x7.
+        UserError: A gate works on maps below 7x7.
     """
-    model = BODIES[body][size >= 224](in_chans=in_chans, num_classes=num_classes)
-    replaced = replace_activations(model, VARIANTS[variant])
-    smallest = min(min(s.height, s.width) for s in measure_gates(
-        model.eval(), replaced, torch.zeros(1, in_chans, size, size), variant))
-    if smallest < SMALLEST_MAP:
-        raise UserError(
-            f'Images of {size} pixels leave {body} gates on maps of {smallest}x{smallest}. Use larger ones: '
-            f'maps must be at least {SMALLEST_MAP}x{SMALLEST_MAP}, on smaller ones frequencies mean little.')
-    return model, replaced
-
-
-def measure_gates(
-        model: nn.Module,
-        replaced: Sequence[nn.Module],
-        images: torch.Tensor,
-        variant: str,
-) -> list[GateStatistics]:
-    """Statistics of what enters each module of the variant, for one batch."""
-    found = []
-    limit = LIMITS.get(variant, float('inf'))
-
-    def look(_module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        x = args[0].detach()
-        height, width = x.shape[-2:]
-        found.append(GateStatistics(height, width, x.std().item(), (x > limit).float().mean().item()))
-
-    hooks = [module.register_forward_pre_hook(look) for module in replaced]
+    model = BODIES[body](in_chans=in_chans, num_classes=num_classes)
+    sides: list[int] = []
+    hooks = [module.register_forward_pre_hook(lambda _, args: sides.extend(args[0].shape[-2:]))
+             for module in replace_activations(model, VARIANTS[variant])]
     with torch.inference_mode():
-        model(images)
+        model.eval()(torch.zeros(1, in_chans, size, size))
     for hook in hooks:
         hook.remove()
-    return found
+    if min(sides) < SMALLEST_MAP:
+        raise UserError(
+            f'Images of {size} pixels leave {body} gates on maps of {min(sides)}x{min(sides)}. Use larger ones: '
+            f'maps must be at least {SMALLEST_MAP}x{SMALLEST_MAP}, on smaller ones frequencies mean little.')
+    return model

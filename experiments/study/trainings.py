@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import timm
 import torch
 from timm.loss import LabelSmoothingCrossEntropy
@@ -27,13 +26,12 @@ from timm.optim import create_optimizer_v2
 from timm.utils import random_seed
 from torch import nn
 
-from experiments.study.data import Batches, StudyData, TrainingBatches, standardize
-from experiments.study.models import create_study_model, measure_gates
+from experiments.study.data import Batches, PhotoData, TrainingBatches, standardize
+from experiments.study.models import create_study_model
 from experiments.study.report import power_rows
 from gmnet_timm import __version__
 from gmnet_timm.demo import create_schedule, train_epoch
 from gmnet_timm.errors import UserError
-from gmnet_timm.files import replacing
 from gmnet_timm.frequency.progress import log_line
 from gmnet_timm.frequency.reports import read_csv, write_csv, write_json
 from gmnet_timm.frequency.split import check_corner, split_frequencies
@@ -85,7 +83,7 @@ class Run:
 
 def run_study(
         output: Path,
-        data: StudyData,
+        data: PhotoData,
         settings: StudySettings,
         pairs: Sequence[tuple[str, str]],
         learning_rates: Sequence[float],
@@ -97,8 +95,7 @@ def run_study(
     """Choose learning rates, train and test. A finished run is a file in `output`/runs, later calls do not repeat it.
 
     Args:
-        output: Folder for runs and for tables: `tuning.csv`, `accuracy.csv`, `gates.csv`, `confusion.csv`,
-            `controls.csv` and `study.json`.
+        output: Folder for runs and for tables: `tuning.csv`, `accuracy.csv`, `controls.csv`, `power.csv`, `study.json`.
         data: Images.
         settings: Settings of all runs.
         pairs: Body and variant of each network, keys of `study_models.BODIES` and `study_models.VARIANTS`.
@@ -132,11 +129,9 @@ def run_study(
             'in four of five studies')
     runs = [Run(body, variant, chosen[body, variant], seed) for seed in seeds for body, variant in pairs]
     results = {run: study.result(run, 'test', i, len(runs)) for i, run in enumerate(runs)}
-    for name in ('accuracy', 'gates'):
-        write_csv(
-            [dict(dataclasses.asdict(run), **row) for run, result in results.items() for row in result[name]],
-            output / f'{name}.csv')
-    write_csv(study.confusion(runs), output / 'confusion.csv')
+    write_csv(
+        [dict(dataclasses.asdict(run), **row) for run, result in results.items() for row in result['accuracy']],
+        output / 'accuracy.csv')
     write_csv([dict(seed=seed, **row) for seed in seeds for row in control_accuracies(data, settings.radii, seed)],
               output / 'controls.csv')
     write_json(dict(
@@ -147,7 +142,7 @@ def run_study(
         tuning_seeds=tuning_seeds,
         learning_rates=list(learning_rates),
         seconds=round(sum(result['seconds'] for result in [*tuned.values(), *results.values()])),
-        command=['gmnet-timm', *sys.argv[1:]],
+        command=['python', '-m', 'experiments.study', *sys.argv[1:]],
         **_machine(device),
     ), output / 'study.json')
 
@@ -173,7 +168,7 @@ def condition_images(
         yield 'high-faint', radius, high
 
 
-def control_accuracies(data: StudyData, radii: Sequence[float], seed: int) -> list[dict[str, Any]]:
+def control_accuracies(data: PhotoData, radii: Sequence[float], seed: int) -> list[dict[str, Any]]:
     """How well mean and contrast alone tell the classes: top-1 of the nearest neighbour, for the images of each band.
 
     `normalized` are the images without any of the study's standardisation. Numbers are rounded to four decimals: what
@@ -201,7 +196,7 @@ def control_accuracies(data: StudyData, radii: Sequence[float], seed: int) -> li
 class _Study:
     """Runs and their files."""
 
-    def __init__(self, output: Path, data: StudyData, settings: StudySettings, device: torch.device, log):
+    def __init__(self, output: Path, data: PhotoData, settings: StudySettings, device: torch.device, log):
         self.folder, self.data, self.settings, self.device, self.log = output / 'runs', data, settings, device, log
         self.record: dict[str, Any] = json.loads(json.dumps(dict(  # lists for tuples
             settings=dataclasses.asdict(settings), data=data.description)))
@@ -227,57 +222,21 @@ class _Study:
 
     def _run(self, run: Run, part: str) -> dict[str, Any]:
         random_seed(run.seed)
-        model, replaced = create_study_model(
-            run.body, run.variant, self.data.size, self.data.channels, len(self.data.classes))
+        model = create_study_model(run.body, run.variant, self.data.size, self.data.channels, len(self.data.classes))
         model.to(self.device).to(memory_format=torch.channels_last)
         _train(model, self.data.training(run.seed), run.lr, self.settings, self.device)
         labels, predicted = _predict(
             model.eval(), self.data.evaluation(part, run.seed), self.settings.radii, self.device)
-        self._write_predictions(run, labels, predicted)
-        images = standardize(next(iter(self.data.evaluation(part, run.seed)))[0]).to(self.device)
         return dict(
             parameters=sum(p.numel() for p in model.parameters()),
-            gates=[dict(gate=i, **dataclasses.asdict(gate))
-                   for i, gate in enumerate(measure_gates(model, replaced, images, run.variant))],
             accuracy=[_row(band, radius, int((values == labels).sum()), len(labels))
                       for (band, radius), values in predicted.items()])
-
-    def _write_predictions(
-            self,
-            run: Run,
-            labels: torch.Tensor,
-            predicted: dict[tuple[str, Any], torch.Tensor],
-    ) -> None:
-        arrays: dict[str, Any] = {_key(*key): values.short().numpy() for key, values in predicted.items()}
-        with replacing(self.folder / f'{run.name}.npz') as path:
-            np.savez_compressed(path, labels=labels.short().numpy(), **arrays)
-
-    def confusion(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
-        """Confusion matrices over all seeds, of unfiltered images and of both bands at the radius in the middle."""
-        middle = sorted(self.settings.radii)[len(self.settings.radii) // 2]
-        keys = [('raw', None), ('low', middle), ('high', middle)]
-        classes = len(self.data.classes)
-        counts: dict[tuple[Any, ...], np.ndarray] = {}
-        for run in runs:
-            with np.load(self.folder / f'{run.name}.npz') as saved:
-                for band, radius in keys:
-                    cells = saved['labels'].astype(int) * classes + saved[_key(band, radius)]
-                    key = (run.body, run.variant, band, '' if radius is None else f'{radius:g}')
-                    counts[key] = counts.get(key, 0) + np.bincount(cells, minlength=classes ** 2)
-        return [
-            dict(zip(('body', 'variant', 'band', 'radius'), key), label=label, **dict(zip(self.data.classes, row)))
-            for key, matrix in counts.items()
-            for label, row in zip(self.data.classes, matrix.reshape(classes, classes).tolist())]
 
 
 def _machine(device: torch.device) -> dict[str, Any]:
     name = torch.cuda.get_device_name(device) if device.type == 'cuda' else f'{platform.machine()} CPU'
     versions = dict(gmnet_timm=__version__, timm=timm.__version__, torch=torch.__version__)
     return dict(device=name, threads=torch.get_num_threads(), versions=versions)
-
-
-def _key(band: str, radius: float | None) -> str:
-    return band if radius is None else f'{band} {radius:g}'
 
 
 def _row(band: str, radius: float | None, correct: int, count: int) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 import csv
 import json
 import math
-import re
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +11,12 @@ import torch.nn.functional as F
 from scipy import stats
 
 from experiments.command import run_command
-from experiments.study import models as study_models
 from experiments.study import report as study_report
 from experiments.study import trainings as study
 from experiments.study.__main__ import parser
-from experiments.study.data import FolderData, PhotoData
-from experiments.study.models import BODIES, COMPARISONS, VARIANTS, create_study_model, measure_gates
-from gmnet_timm.demo import PHOTOS, prepare_photo_patches
+from experiments.study.contrast import contrast_lines, contrasts
+from experiments.study.data import PhotoData
+from experiments.study.models import BODIES, COMPARISONS, VARIANTS, create_study_model
 from gmnet_timm.errors import UserError
 
 RESULTS = Path(__file__).parents[2] / 'experiments' / 'study' / 'results'
@@ -90,22 +88,6 @@ def test_seeds_draw_anew_and_the_same_seed_draws_the_same(photos):
     assert torch.equal(epochs[0], torch.cat([images for images, _ in photos.training(3)]))
 
 
-def test_folder_keeps_what_it_tunes_with_out_of_the_training(tmp_path):
-    pytest.importorskip('skimage')
-    prepare_photo_patches(tmp_path / 'data', patches=16)
-    data = FolderData(tmp_path / 'data', size=64, batch_size=16, workers=0, tune_every=8)
-    train, tune = (set(data.parts[part].indices) for part in ('train', 'tune'))
-    assert not train & tune and len(train) == 112 and len(tune) == 16
-    assert data.classes == tuple(sorted(PHOTOS))
-    images, labels = next(iter(data.training(0)))
-    assert images.shape == (16, 3, 64, 64) and len(data.training(0)) == 7
-    count = sum(len(labels) for _, labels in data.evaluation('test', 0))
-    assert count == 8 * 4
-    for root, message in ((tmp_path / 'none', 'cannot be read'), (tmp_path / 'data', 'too few')):
-        with pytest.raises(UserError, match=message):
-            FolderData(root, batch_size=64, tune_every=1000)
-
-
 # --- controls --------------------------------------------------------------------------------------------------------
 
 
@@ -153,29 +135,16 @@ def test_each_condition_has_the_frequencies_and_the_mean_that_it_says():
 @pytest.mark.parametrize('body', BODIES)
 def test_variants_differ_in_nothing_but_the_function(body):
     torch.manual_seed(0)
-    shapes = set()
-    for variant in VARIANTS:
-        model, replaced = create_study_model(body, variant, 56, 1, 8)
-        shapes.add(tuple((name, tuple(p.shape)) for name, p in model.named_parameters()))
-        found = measure_gates(model.eval(), replaced, torch.randn(2, 1, 56, 56), variant)
-        assert len(found) == len(replaced) >= 4
-        assert min(min(gate.height, gate.width) for gate in found) >= 7
-    assert len(shapes) == 1
+    models = [create_study_model(body, variant, 56, 1, 8) for variant in VARIANTS]
+    assert len({tuple((name, tuple(p.shape)) for name, p in model.named_parameters()) for model in models}) == 1
+    plain, gated = (str([type(m).__name__ for m in model.modules()]) for model in models[:3:2])
+    assert gated.count("'Gate'") >= 4 and gated.replace('Gate', 'ReLU').count('ReLU') >= plain.count('ReLU')
 
 
 def test_gates_on_small_maps_are_refused():
     for body in BODIES:
         with pytest.raises(UserError, match='maps must be at least 7x7'):
             create_study_model(body, 'x·x', 48, 1, 8)
-
-
-@pytest.mark.parametrize('body, name', [('ResNet', 'resnet18'), ('MobileNetV2', 'mobilenetv2_100')])
-def test_images_of_the_papers_size_get_the_papers_networks(body, name):
-    import timm
-    model, replaced = create_study_model(body, 'ReLU6(x)·x', 224, 3, 1000)
-    paper = timm.create_model(f'{name}_gate_relu6')
-    assert [type(m) for m in model.modules()] == [type(m) for m in paper.modules()]
-    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in paper.parameters())
 
 
 def test_functions_are_what_their_labels_say():
@@ -189,12 +158,6 @@ def test_functions_are_what_their_labels_say():
     for variant, y in expected.items():
         assert torch.allclose(VARIANTS[variant]()(x), y), variant
     assert {name for first, second, _ in COMPARISONS for name in (first, second)} <= VARIANTS.keys()
-
-
-def test_clipped_share_is_the_tail_of_the_normal_distribution():
-    model = torch.nn.Sequential(VARIANTS['ReLU6(4x)/4·x']())
-    found, = measure_gates(model, list(model), torch.randn(64, 4, 64, 64), 'ReLU6(4x)/4·x')
-    assert found.clipped == pytest.approx(stats.norm.sf(1.5), rel=.02) and found.std == pytest.approx(1, rel=.01)
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
@@ -229,40 +192,19 @@ def test_study_runs_and_keeps_its_settings(tmp_path, capsys):
     assert 'other settings' in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_study_runs_on_a_folder_of_colour_images(tmp_path):
-    pytest.importorskip('skimage')
-    prepare_photo_patches(tmp_path / 'data', patches=32)
-    argv = [*ARGS, '--batch-size', '32', '--data-dir', str(tmp_path / 'data'), '--img-size', '56', '--workers', '0']
-    assert run_command(parser(), [*argv, '--output', str(tmp_path / 'out')]) == 0
-    record = json.loads((tmp_path / 'out' / 'study.json').read_text())
-    assert record['data']['images'] == str(tmp_path / 'data') and len(record['classes']) == 8
-    assert {row['count'] for row in _rows(tmp_path / 'out' / 'accuracy.csv')} == {'64'}  # all of the validation split
-    assert {row['count'] for row in _rows(tmp_path / 'out' / 'tuning.csv')} == {'5'}  # one in fifty of 256
-    assert all(int(r['correct']) == 8 for r in _rows(tmp_path / 'out' / 'controls.csv') if r['band'] in ('raw', 'high'))
-
-
 def _check_files(folder):
     accuracy = _rows(folder / 'accuracy.csv')
     assert len(accuracy) == 2 * 2 * (1 + 2 * len(study.BANDS))  # variants, seeds, bands of two radii
     assert {row['count'] for row in accuracy} == {'256'}
-    for row in _rows(folder / 'confusion.csv'):  # the diagonal of all labels is what the accuracies count
-        same = [r for r in _rows(folder / 'confusion.csv') if all(
-            r[key] == row[key] for key in ('variant', 'band', 'radius'))]
-        correct = sum(int(r[r['label']]) for r in same)
-        assert correct == sum(int(r['correct']) for r in accuracy if all(
-            r[key] == row[key] for key in ('variant', 'band', 'radius')))
-        break
     record = json.loads((folder / 'study.json').read_text())
     assert record['versions'].keys() == {'gmnet_timm', 'timm', 'torch'} and record['seeds'] == [0, 1]
-    for figure in ('resnet.png', 'comparisons.png', 'confusion.png'):
-        assert (folder / figure).stat().st_size > 10000
+    assert len(_rows(folder / 'tests.csv')) == len(study_report.OUTCOMES)  # of one comparison
 
 
 @pytest.mark.parametrize('argv, message', [
     (['--epochs', '1'], 'at least 2 epochs'), (['--seeds', '1'], '2 seeds'), (['--radii', '60'], 'corner'),
     (['--device', 'nonsense'], 'device'), (['--seeds', '0', '1000'], 'are for tuning'),
-    (['--img-size', '200'], 'smaller or fewer'), (['--data-dir', 'absent'], 'cannot be read'),
+    (['--img-size', '200'], 'smaller or fewer'),
     (['--variants', 'Swish(x)'], 'There is no variant Swish(x). Variants: ReLU(x), GELU(x)')])
 def test_study_errors(tmp_path, capsys, argv, message):
     pytest.importorskip('skimage')
@@ -307,24 +249,49 @@ def test_power_is_for_the_first_step_of_holm():
 
 
 def test_committed_comparisons_follow_from_the_committed_accuracies():
-    fresh = [dict(outcome=outcome, **study_report._test_row(c))
-             for outcome, values in study_report.outcomes(_rows(RESULTS / 'accuracy.csv')).items()
-             for c in study_report.compare(values)]
+    fresh = study_report.test_rows(_rows(RESULTS / 'accuracy.csv'))
     assert [{key: str(value) for key, value in row.items()} for row in fresh] == _rows(RESULTS / 'tests.csv')
-
-
-def test_page_claims_nothing_from_fewer_than_ten_seeds():
-    found = study_report.outcomes(_accuracies(**{'x·x': 200}))['high']
-    assert 'Nothing is claimed: 3 of the 10 seeds' in study_report._verdict(study_report.compare(found))
-    ten = {pair: {seed: by_seed[seed % 3] + seed / 100 for seed in range(10)} for pair, by_seed in found.items()}
-    verdict = study_report._verdict(study_report.compare(ten))
-    assert re.search(r'\*\*Higher\*\* \(1 of 9\): ResNet: x·x − ReLU\(x\) \+2\d', verdict)
 
 
 def test_controls_of_the_committed_study():
     for row in _rows(RESULTS / 'controls.csv'):
         if row['band'] in ('raw', 'low', 'high'):
             assert int(row['correct']) / int(row['count']) == 1 / 8
-    assert min(int(gate['height']) for gate in _rows(RESULTS / 'gates.csv')) >= study_models.SMALLEST_MAP
     record = json.loads((RESULTS / 'study.json').read_text())
     assert {row['seed'] for row in _rows(RESULTS / 'accuracy.csv')} == set(map(str, record['seeds']))
+
+
+# --- the second plan -------------------------------------------------------------------------------------------------
+
+
+def _contrast_rows(shift):
+    return [dict(body=body, variant=variant, seed=str(seed), band=band, radius=radius, count='1000',
+                 correct=str(300 + 9 * seed + (shift + 3 * seed) * ('·' in variant) + 500 * (radius in ('9', '14'))))
+            for body in BODIES for variant in ('ReLU(x)', 'ReLU6(x)·x', 'GELU(x)·x') for seed in range(4)
+            for band, radius in [('raw', ''), *((band, r) for band in study.BANDS for r in ('1', '6', '9', '14'))]]
+
+
+@pytest.mark.parametrize('shift, verdict', [(60, 'confirmed'), (-60, 'contradicted'), (0, 'contradicted'),
+                                            (28, 'confirmed'), (-5, 'contradicted')])
+def test_pooled_contrast_and_its_verdict(shift, verdict):
+    """Verdicts by the plan: sign of both intervals, else equivalence within three points. Radii 9 and 14 are left out.
+    """
+    found = contrasts(_contrast_rows(shift))
+    expected = [(shift + 3 * seed) / 10 for seed in range(4)]
+    assert found['ResNet', 'high'].mean == pytest.approx(np.mean(expected))
+    assert found['ResNet', 'high'].p == pytest.approx(stats.ttest_1samp(expected, 0).pvalue)
+    assert f'**{verdict}**' in contrast_lines(found)[-1]
+
+
+def test_wide_intervals_are_open():
+    rows = _contrast_rows(0)
+    for row in rows:
+        if '·' in row['variant']:
+            row['correct'] = str(int(row['correct']) + (-1) ** int(row['seed']) * 100)
+    assert '**open**' in contrast_lines(contrasts(rows))[-1]
+
+
+def test_report_of_the_second_plan_follows_from_its_data():
+    lines = contrast_lines(contrasts(_rows(RESULTS / 'plan-2' / 'accuracy.csv')))
+    readme = (RESULTS.parents[1] / 'README.md').read_text()
+    assert '\n'.join(lines[:-2]) in readme

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from gmnet_timm.cli.main import main
-from gmnet_timm.frequency import LayerSpectrum, Signal, plots
+from gmnet_timm.frequency import LayerSpectrum, Signal, figures, plots
 
 
 @pytest.fixture(scope='module')
@@ -142,7 +142,7 @@ def _inside(figure):
 @pytest.mark.parametrize('count', [1, 2, 40, 60])
 @pytest.mark.slow
 def test_panels_of_layers(count):
-    figure = plots.draw_layers([_layer(f'stages.{i}') for i in range(count)], 'some_model, 3 images')
+    figure = figures.draw_layers([_layer(f'stages.{i}') for i in range(count)], 'some_model, 3 images')
     drawn = [axis for axis in figure.axes if axis.lines]
     assert len(drawn) == min(count, 40) and len({axis.get_ylim() for axis in drawn}) == 1  # shared
     assert ('left out: 20 beyond' in figure._suptitle.get_text()) == (count == 60)
@@ -151,7 +151,7 @@ def test_panels_of_layers(count):
 
 def test_what_a_figure_leaves_out_is_said():
     layers = [_layer('a'), _layer('b', (16, 16), (8, 8)), _layer('c', (2, 2))]
-    figure = plots.draw_layers(layers, 'm', gain=True)
+    figure = figures.draw_layers(layers, 'm', gain=True)
     assert '1 with maps of a few pixels; 1 that change resolution' in figure._suptitle.get_text()
     assert any(tuple(line.get_ydata()) == (1, 1) for line in figure.axes[0].lines)  # gain 1
 
@@ -163,7 +163,7 @@ def test_curves_have_a_line_at_chance_and_a_whole_legend(models):
         f'a_model_with_a_rather_long_name_{i}': {key: points for key in [('raw', ''), ('low', '10'), ('high', '10')]}
         for i in range(models)
     }
-    figure = plots.draw_band_curves(curves, 'title', chance=12.5)
+    figure = figures.draw_band_curves(curves, 'title', chance=12.5)
     assert all(any(set(line.get_ydata()) == {12.5} for line in axis.lines) for axis in figure.axes)
     assert len({axis.get_ylim() for axis in figure.axes}) == 1
     _inside(figure)

@@ -6,11 +6,22 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from scipy import stats
 from statsmodels.stats.contingency_tables import mcnemar
 
 from gmnet_timm.cli.main import main
 from gmnet_timm.errors import UserError
-from gmnet_timm.frequency import PairedDifference, evaluate_bands, paired_difference
+from gmnet_timm.frequency import (
+    Band,
+    BandAccuracy,
+    PairedDifference,
+    evaluate_bands,
+    load_results,
+    paired_difference,
+    save_results,
+)
+from gmnet_timm.frequency.evaluation import group_rows
+from gmnet_timm.frequency.figures import draw_band_accuracy
 
 
 @pytest.mark.parametrize('only_model, only_baseline', [(0, 0), (5, 0), (3, 11), (40, 22), (7, 7)])
@@ -73,9 +84,49 @@ def test_command(tmp_path, capsys):
     with (tmp_path / 'out' / 'eval-paired.csv').open(newline='') as file:
         rows = list(csv.DictReader(file))
     assert [row['band'] for row in rows] == ['raw', 'low 4', 'high 4']
-    with np.load(tmp_path / 'out' / 'eval-answers.npz') as answers:
-        (first, second) = (answers[name] for name in answers.files if name != 'bands')
-        assert answers['bands'].tolist() == ['raw', 'low 4', 'high 4'] and first.shape == second.shape == (3, 12)
-        for row, one, other in zip(rows, first, second):
-            assert int(row['only_model']) == int((one & ~other).sum())
+    first, second = load_results(tmp_path / 'out' / 'eval-answers.npz').values()
+    for row, one, other in zip(rows, first, second, strict=True):
+        assert one.band == other.band and one.count == 12
+        assert int(row['only_model']) == int((one.answers & ~other.answers).sum())
     assert main([*argv, '--baseline', 'other']) == 1
+
+
+def test_results_are_saved_loaded_and_drawn(tmp_path):
+    bands = [Band('raw'), Band('low', 4.), Band('band-pass', 9.5, 4.)]
+    results = {'a/b': [BandAccuracy(band, 2, 3, 4, torch.tensor([True, False, True, False])) for band in bands],
+               'c': [BandAccuracy(band, 1, 4, 4, torch.tensor([False, False, False, True])) for band in bands]}
+    save_results(results, tmp_path / 'x.npz')
+    loaded = load_results(tmp_path / 'x.npz')
+    assert loaded == results
+    assert all(torch.equal(a.answers, b.answers) for label in results for a, b in zip(results[label], loaded[label]))
+    drawn = [(line.get_xdata().tolist(), line.get_ydata().tolist()) for line in draw_band_accuracy(loaded).axes[0].lines
+             if len(line.get_xdata()) == 1]
+    assert ([4.], [50.]) in drawn and ([4.], [25.]) in drawn
+
+
+def test_groups_are_means_over_trainings_with_students_interval():
+    rows = [[dict(band='raw', inner_radius='', radius='', top1=top1)] for top1 in (50., 54., 52., 70.)]
+    first, second = group_rows(['gate', 'gate', 'gate', 'relu'], rows)
+    low, high = stats.t.interval(.95, 2, loc=52, scale=2 / 3 ** .5)
+    assert (first['label'], first['trainings'], first['top1']) == ('gate', 3, 52)
+    assert (first['top1_low'], first['top1_high']) == pytest.approx((low, high))
+    assert second['top1'] == 70 and np.isnan(second['top1_low'])
+    with pytest.raises(UserError, match='gate have not the same bands'):
+        group_rows(['gate', 'gate'], [rows[0], []])
+
+
+def test_groups_of_the_command(tmp_path, capsys):
+    for name in 'ab':
+        (tmp_path / 'data' / name).mkdir(parents=True)
+        Image.effect_noise((32, 32), 60).convert('RGB').save(tmp_path / 'data' / name / '0.png')
+    model = timm.create_model('gmnet_s1', base_dim=4, depths=(1, 1, 1, 1), num_classes=2)
+    torch.save(model.state_dict(), tmp_path / 'x.pth')
+    argv = ['freq', 'eval', *[str(tmp_path / 'x.pth')] * 3, '--data-dir', str(tmp_path / 'data'), '--img-size', '32',
+            '--radii', '4', '--workers', '0', '--output', str(tmp_path / 'out'), '--groups']
+    assert main([*argv, 'one', 'one']) == 1
+    assert '2 are given for 3' in capsys.readouterr().err
+    assert main([*argv, 'one', 'one', 'two']) == 0
+    with (tmp_path / 'out' / 'eval-groups.csv').open(newline='') as file:
+        rows = list(csv.DictReader(file))
+    assert [(row['label'], row['trainings']) for row in rows] == [('one', '2')] * 3 + [('two', '1')] * 3
+    assert rows[0]['top1'] == rows[0]['top1_low'] == rows[0]['top1_high'] and (tmp_path / 'out' / 'eval.png').exists()

@@ -86,6 +86,17 @@ def add_bands(parser) -> None:
     )
 
 
+def add_groups(parser) -> None:
+    parser.add_argument(
+        '--groups', nargs='+', metavar='LABEL',
+        help='one label per model; those of one label are trainings of one model, of which the mean is drawn')
+
+
+def check_groups(args: argparse.Namespace, count: int) -> None:
+    if args.groups is not None and len(args.groups) != count:
+        raise UserError(f'--groups takes one label per model: {len(args.groups)} are given for {count}.')
+
+
 def add_machine(parser, num_images: int | None = None) -> None:
     """Options of how a command runs; it evaluates all images and takes --amp unless it has a number of images."""
     parser.add_argument('--device', default='auto', help='(default: a GPU if there is one)')
@@ -163,7 +174,7 @@ def _short_name(spec: str) -> str:
 
 def save_figures(args: argparse.Namespace, name: str, draw, force: bool = False) -> None:
     """Draw a figure and write it in each format."""
-    from gmnet_timm.frequency.plots import save_figure
+    from gmnet_timm.frequency.figures import save_figure
 
     paths = figure_paths(args, name)
     figure = draw() if paths else None

@@ -31,7 +31,7 @@ def _add_recipe(commands) -> None:
     parser.add_argument(
         '--memory', type=float, default=8., metavar='GB',
         help='for finetune: of the GPU, or that a CPU may use (default: %(default)g)')
-    parser.add_argument('--img-size', type=int, metavar='PIXELS', help='for finetune: side of the images (default: 224)')
+    parser.add_argument('--img-size', type=int, metavar='PIXELS', help='for finetune: of the images (default: 224)')
     parser.add_argument(
         '--grad-accum-steps', type=int, help='gradient accumulation steps (default: what the recipe needs)')
     parser.add_argument(

@@ -11,7 +11,8 @@ from PIL import Image
 from gmnet_timm.explore.pictures import Exploration, Images, Picture, ShownModel
 from gmnet_timm.frequency.answers import Change
 from gmnet_timm.frequency.bands import Band, SplitOptions
-from gmnet_timm.frequency.plots import displayable, figure_svg, plot_image_spectrum, plot_scan, radius_axis
+from gmnet_timm.frequency.figures import figure_svg
+from gmnet_timm.frequency.plots import displayable, plot_image_spectrum, plot_scan, radius_axis
 from gmnet_timm.frequency.signals import LayerSpectrum
 
 __all__ = [

@@ -19,7 +19,7 @@ from gradio.utils import get_upload_folder
 from gmnet_timm.errors import UserError
 from gmnet_timm.explore import markup
 from gmnet_timm.explore.pictures import TOP, Exploration, Images, Picture, read_upload, shown_bands
-from gmnet_timm.frequency import plots
+from gmnet_timm.frequency import figures
 from gmnet_timm.frequency.answers import Change, ScanPoint, list_changes, scan_radii
 from gmnet_timm.frequency.bands import SPACES, Band, SplitOptions
 from gmnet_timm.frequency.data import read_picture
@@ -317,7 +317,7 @@ class _Page:
         for i, model in enumerate(self.about.models):
             parts = [(band, picture.pixels(i, band, options)) for band in bands]
             title = f'{model.label}: {Path(picture.name).name}, radii in cycles per image'
-            figure = plots.draw_image_panel(parts, picture.answers(i, bands, options), title)
+            figure = figures.draw_image_panel(parts, picture.answers(i, bands, options), title)
             found.append(_svg(f'{Path(picture.name).stem}-{model.label}', figure))
         return found
 
@@ -326,11 +326,11 @@ class _Page:
         if session.picture is None:
             return []
         stem, title = Path(session.picture.name).stem, Path(session.picture.name).name
-        found = [_svg(f'{stem}-spectrum', plots.draw_image_spectrum(
+        found = [_svg(f'{stem}-spectrum', figures.draw_image_spectrum(
             session.picture.pixels(0, Band('raw'), SplitOptions()), title))]
         points = {model.label: scan for model, scan in zip(self.about.models, session.points) if scan}
         if points:
-            found.append(_svg(f'{stem}-radii', plots.draw_scan(points, self.about.largest_radius, title)))
+            found.append(_svg(f'{stem}-radii', figures.draw_scan(points, self.about.largest_radius, title)))
         return found
 
     def save_numbers(self, session, *view: Any) -> list[dict[str, str]]:
@@ -410,12 +410,12 @@ class _Page:
         shown = maps.get('product', maps.get('output', next(iter(maps.values()))))
         title = f'{model.label}: {Path(session.picture.name).name}'
         session.layer_figures = [
-            plots.draw_layers([session.layer], title),
-            plots.draw_maps(maps, strongest_channels(shown, _MAPS), f'{title}, {name}'),
+            figures.draw_layers([session.layer], title),
+            figures.draw_maps(maps, strongest_channels(shown, _MAPS), f'{title}, {name}'),
         ]
         texts = ('spectra', 'maps of the channels with the most energy, and their log-amplitude spectra')
         charts = [
-            markup.chart(plots.figure_svg(figure), name=text)
+            markup.chart(figures.figure_svg(figure), name=text)
             for text, figure in zip(texts, session.layer_figures, strict=True)]
         flag = ['--modules', name] if kind == 'module' else ['--gates', name, '--kinds', kind]
         line = self.about.command('layers', model.spec, '--image', session.picture.name, *flag, '--channels', 'all')
@@ -473,7 +473,7 @@ def _words(options: SplitOptions) -> list[str]:
 
 
 def _svg(name: str, figure: Any) -> dict[str, str]:
-    return dict(name=f'{name}.svg', type='image/svg+xml', text=plots.figure_svg(figure))
+    return dict(name=f'{name}.svg', type='image/svg+xml', text=figures.figure_svg(figure))
 
 
 def _csv(name: str, rows: Sequence[dict[str, Any]]) -> dict[str, str]:

@@ -16,13 +16,15 @@ from gmnet_timm import __version__
 from gmnet_timm.errors import UserError
 from gmnet_timm.frequency.bands import SplitOptions, evaluate_bands
 from gmnet_timm.frequency.data import create_band_loader
+from gmnet_timm.frequency.intervals import student_interval
 from gmnet_timm.frequency.reports import read_csv, write_csv
 from gmnet_timm.frequency.split import check_corner
 from gmnet_timm.weights.model import LoadedModel, load_model
 from gmnet_timm.weights.runs import ARGS_NAME, epoch_checkpoints, read_args
 
 __all__ = [
-    'EvalSettings', 'band_curves', 'evaluate_model', 'evaluate_models', 'evaluate_runs', 'kept_rows', 'report_rows',
+    'EvalSettings', 'evaluate_model', 'evaluate_models', 'evaluate_runs', 'group_rows', 'kept_rows',
+    'report_rows',
 ]
 
 
@@ -170,17 +172,31 @@ def kept_rows(models: Sequence[LoadedModel], settings: EvalSettings, path: Path)
     return [row for key in keys for row in _rows_of(path) if key.items() <= row.items()]
 
 
-def band_curves(rows_by_label: Mapping[str, Sequence[dict[str, Any]]]) -> dict[str, Any]:
-    """Rows as the curves of `plots.draw_band_accuracy`; a band between two radii stands in their middle."""
-    curves: dict[str, Any] = {}
-    for label, rows in rows_by_label.items():
-        for row in rows:
-            x = float(row['radius'] or 0)
-            if row['inner_radius']:
-                x = (x + float(row['inner_radius'])) / 2
-            points = curves.setdefault(label, {}).setdefault((row['band'], ''), [])
-            points.append((x, *(float(row[name]) for name in ('top1', 'top1_low', 'top1_high'))))
-    return curves
+def group_rows(labels: Sequence[str], rows: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """Mean top-1 over the trainings of one label with Student's 95 % interval, by band and, of curves, by epoch.
+
+    Args:
+        labels: One per model; those of one label are trainings of one model.
+        rows: Of each model, its rows by band as `evaluate_model` and `evaluate_runs` give them.
+
+    Raises:
+        UserError: The trainings of a label have not the same bands and epochs.
+    """
+    found: dict[str, dict[tuple[str, ...], list[float]]] = {}
+    for label, of_model in zip(labels, rows, strict=True):
+        for row in of_model:
+            key = row['band'], row['inner_radius'], row['radius'], str(row.get('epoch', ''))
+            found.setdefault(label, {}).setdefault(key, []).append(float(row['top1']))
+    grouped = []
+    for label, by_key in found.items():
+        if set(map(len, by_key.values())) != {list(labels).count(label)}:
+            raise UserError(f'The trainings of {label} have not the same bands and epochs.')
+        for (band, inner_radius, radius, epoch), values in by_key.items():
+            top1, low, high = student_interval(values)
+            grouped.append(dict(
+                label=label, trainings=len(values), epoch=epoch, band=band, inner_radius=inner_radius, radius=radius,
+                top1=top1, top1_low=low, top1_high=high))
+    return grouped
 
 
 def _key(model: LoadedModel, settings: EvalSettings) -> dict[str, str]:

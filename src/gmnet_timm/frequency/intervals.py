@@ -1,13 +1,15 @@
-"""Intervals of proportions, such as accuracies over images."""
+"""Intervals of accuracies: over images, and over trainings."""
+import math
+import statistics
+from collections.abc import Sequence
 
-__all__ = ['wilson_interval']
+__all__ = ['student_interval', 'wilson_interval']
 
 
 def wilson_interval(correct: int, count: int, z: float = 1.959964) -> tuple[float, float]:
     """Wilson's interval of a proportion: 95 % of such intervals contain the true proportion.
 
-    The images count as a random sample. The result of a second sample of the same size lies in the interval of the
-    first less often, in 83 % of cases, since both vary.
+    The images count as a random sample.
 
     Args:
         correct: Number of successes.
@@ -21,3 +23,14 @@ def wilson_interval(correct: int, count: int, z: float = 1.959964) -> tuple[floa
     centre = (p + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * (p * (1 - p) / count + z * z / (4 * count * count)) ** .5
     return max(0., centre - half), min(1., centre + half)
+
+
+def student_interval(values: Sequence[float]) -> tuple[float, float, float]:
+    """Mean of a quantity over trainings, and the bounds of Student's 95 % interval, NaN for one training."""
+    from scipy.stats import t
+
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return mean, math.nan, math.nan
+    half = float(t.ppf(.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, mean - half, mean + half

@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from gmnet_timm.files import replacing, write_text
-from gmnet_timm.frequency.bands import BandAccuracy
+from gmnet_timm.frequency.bands import Band, BandAccuracy
 from gmnet_timm.frequency.paired import compare_bands
 
 __all__ = [
-    'csv_text', 'format_paired', 'format_table', 'paired_rows', 'read_csv', 'write_answers', 'write_csv', 'write_json',
+    'csv_text', 'format_paired', 'format_table', 'load_results', 'paired_rows', 'read_csv', 'save_results', 'write_csv',
+    'write_json',
 ]
 
 
@@ -61,12 +63,32 @@ def format_paired(rows: Sequence[dict[str, Any]]) -> str:
     return '\n'.join([*lines, 'The p values are not corrected for the number of comparisons.'])
 
 
-def write_answers(accuracies: Mapping[str, Sequence[BandAccuracy]], path: Path) -> None:
-    """Write whether each answer was right: an array (bands, images) per model, and the names of the bands."""
-    arrays = {label: np.stack([found.answers.numpy() for found in results]) for label, results in accuracies.items()}
-    bands = np.array([str(found.band) for found in next(iter(accuracies.values()))])
-    with replacing(path) as temporary:
-        np.savez_compressed(temporary, bands=bands, **arrays)  # type: ignore[arg-type]
+def save_results(results: Mapping[str, Sequence[BandAccuracy]], path: str | Path) -> None:
+    """Save results of `evaluate_bands` by label, with each image's answer, as a compressed .npz: see `load_results`."""
+    bands = [found.band for found in next(iter(results.values()))]
+    arrays: dict[str, Any] = {
+        'kinds': np.array([band.kind for band in bands]),
+        'radii': np.array([[band.inner_radius, band.radius] for band in bands], dtype=float)}  # NaN for None
+    for label, found in results.items():
+        arrays[f'answers {label}'] = np.stack([accuracy.answers.numpy() for accuracy in found])
+        arrays[f'correct5 {label}'] = np.array([accuracy.correct5 for accuracy in found])
+    with replacing(Path(path)) as temporary:
+        np.savez_compressed(temporary, **arrays)  # type: ignore[arg-type]
+
+
+def load_results(path: str | Path) -> dict[str, list[BandAccuracy]]:
+    """Load what `save_results` wrote."""
+    with np.load(path) as arrays:
+        radii = [[None if np.isnan(radius) else float(radius) for radius in pair] for pair in arrays['radii']]
+        bands = [Band(str(kind), outer, inner) for kind, (inner, outer) in zip(arrays['kinds'], radii, strict=True)]
+        results = {}
+        for name in arrays.files:
+            if name.startswith('answers '):
+                label = name.removeprefix('answers ')
+                results[label] = [
+                    BandAccuracy(band, int(right.sum()), int(top5), len(right), torch.from_numpy(right))
+                    for band, right, top5 in zip(bands, arrays[name], arrays[f'correct5 {label}'], strict=True)]
+    return results
 
 
 def _sorted_results(report: dict[str, Any]) -> list[dict[str, Any]]:
