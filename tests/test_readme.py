@@ -50,7 +50,6 @@ def run(command, folder):
     'README.md',
     'docs/models.md',
     'docs/frequency.md',
-    'experiments/theory/README.md',
     pytest.param('docs/ecosystem.md', marks=[
         pytest.mark.ecosystem, pytest.mark.skipif(
             not (3, 11) <= sys.version_info < (3, 14), reason='timmx is installed on Python 3.11 to 3.13')]),
@@ -60,7 +59,7 @@ def test_examples(document, folder):
         if language == 'python':
             run([sys.executable, '-c', code], folder)
         else:
-            code = re.sub('(gmnet-timm demo .*)', r'\1 --epochs 2 --patches 64', NOT_AGAIN.sub('', code))
+            code = re.sub('(gmnet-timm demo .*)', r'\1 --epochs 1 --patches 16', NOT_AGAIN.sub('', code))
             run(['bash', '-euo', 'pipefail', '-c', code], folder)
 
 
@@ -85,7 +84,7 @@ def test_lines_have_at_most_120_columns():
     generated = re.compile(r'^<!-- [^\n]*: .*?^<!-- \w+: end -->|^```text.*?^```', re.MULTILINE | re.DOTALL)
     assert [
         f'{document.relative_to(ROOT)}: {line}'
-        for document in DOCUMENTS
+        for document in DOCUMENTS if not document.name.startswith('plan')  # plans are never edited
         for line in generated.sub('', document.read_text()).splitlines()
         if len(line) > 120 and not line.startswith('|')
     ] == []

@@ -1,9 +1,11 @@
 """How MkDocs makes a site of documents that are written to be read in the repository.
 
-README, CONTRIBUTING and CHANGELOG become pages. A link to a file that is not part of the site leads to the repository.
+README, CONTRIBUTING and CHANGELOG become pages. A link to a file that is not part of the site leads to the repository,
+whose address pyproject.toml has; where it has none, the link is left out and its text stays.
 """
 import posixpath
 import re
+import tomllib
 from pathlib import Path
 
 from mkdocs.structure.files import File
@@ -12,7 +14,9 @@ ROOT = Path(__file__).parents[2]
 PAGES = {'README.md': 'index.md', 'CONTRIBUTING.md': 'contributing.md', 'CHANGELOG.md': 'changelog.md'}
 CODE = re.compile(r'`[^`\n]+`')
 SHORT_CODE = re.compile(r'<code>(?=[^<]{1,32}</code>)')
-LINK = re.compile(r'(?<=\]\()([^)\s:#]+)(?=[)#])')  # the file in `[text](file#anchor)`; no address, which has a colon
+# `[text](file#anchor)`, not an address, which has a colon
+LINK = re.compile(r'\[(?P<text>(?:!\[[^\]]*\]\([^)]*\)|[^\[\]])*)\]\((?P<file>[^)\s:#]+)(?P<anchor>#[^)\s]*)?\)')
+URLS = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))['project']['urls']
 
 
 def on_files(files, config):
@@ -26,17 +30,21 @@ def on_page_markdown(markdown, page, config, files):
     sources = {site: source for source, site in PAGES.items()}
     source = sources.get(page.file.src_uri, f'docs/{page.file.src_uri}')
 
-    def target(match):
-        path = posixpath.normpath(posixpath.join(posixpath.dirname(source), match[0]))
+    def link(match):
+        path = posixpath.normpath(posixpath.join(posixpath.dirname(source), match['file']))
         if path in PAGES or path.startswith('docs/') and not (ROOT / path).is_dir():
             site = PAGES.get(path, path.removeprefix('docs/'))
-            return posixpath.relpath(site, posixpath.dirname(page.file.src_uri) or '.')
-        if (ROOT / path).exists():
-            return f'{config.repo_url}/blob/main/{path}'
-        return match[0]  # MkDocs reports it
+            place = posixpath.relpath(site, posixpath.dirname(page.file.src_uri) or '.')
+        elif not (ROOT / path).exists():
+            return match[0]  # MkDocs reports it
+        elif 'Repository' in URLS:
+            place = f'{URLS["Repository"]}/blob/main/{path}'
+        else:
+            return match['text']
+        return f'[{match["text"]}]({place}{match["anchor"] or ""})'
 
     markdown = CODE.sub(lambda match: match[0].replace('\\|', '|'), markdown)  # in tables, GitHub needs the backslash
-    return LINK.sub(target, markdown)
+    return LINK.sub(link, markdown)
 
 
 def on_page_content(html, page, config, files):
