@@ -17,7 +17,7 @@ from gmnet_timm.errors import UserError
 
 __all__ = [
     'Comparison', 'Difference', 'compare_pairs', 'detectable_effect', 'equivalence', 'holm', 'mean_interval',
-    'paired_difference', 'power', 'seeds_needed',
+    'paired_difference',
 ]
 
 K = TypeVar('K', bound=Hashable)
@@ -122,25 +122,9 @@ def equivalence(difference: Difference, bound: float) -> float:
     return float(max(stats.t.cdf(upper, difference.count - 1), stats.t.cdf(lower, difference.count - 1)))
 
 
-def power(effect: float, std: float, count: int, alpha: float = .05) -> float:
-    """Chance that the two-sided paired t test of `count` pairs finds an effect.
-
-    For a family of m comparisons, `alpha` = 0.05 / m is a lower bound of the power after Holm's correction.
-
-    Args:
-        effect: True mean difference.
-        std: True standard deviation of the differences.
-        count: Number of pairs, at least 2.
-        alpha: Significance level.
-    """
-    return float(TTestPower().power(abs(effect) / std, count, alpha))
-
-
-def seeds_needed(effect: float, std: float, alpha: float = .05, wanted: float = .8) -> int:
-    """Number of seeds with which the paired t test finds an effect with a wanted power. Arguments as for `power`."""
-    return next(count for count in range(2, 10_001) if power(effect, std, count, alpha) >= wanted)
-
-
 def detectable_effect(std: float, count: int, alpha: float = .05, wanted: float = .8) -> float:
-    """Smallest effect that `count` seeds find with a wanted power. Arguments as for `power`."""
+    """Smallest true mean difference that the two-sided paired t test of `count` pairs finds with a wanted power.
+
+    For a family of m comparisons, `alpha` = 0.05 / m is that of the first step of Holm's correction.
+    """
     return std * float(TTestPower().solve_power(nobs=count, alpha=alpha, power=wanted))

@@ -1,4 +1,4 @@
-"""The README's way from nothing to a published model, as printed: demo, fine-tuning, check-run, validate, predict, push.
+"""The README's way from nothing to a published model, as printed: fine-tune, check-run, validate, predict, push.
 
 The steps between that need train.py and validate.py are run where TIMM_SCRIPTS names a checkout of timm.
 """

@@ -198,9 +198,8 @@ def _outcomes(run: dict[str, Any]) -> dict[str, dict[int, float]]:
     found: dict[str, dict[int, float]] = {}
     for n, (seed, curve) in enumerate(zip(run['settings']['seeds'], run['values'])):
         if regression:
-            values = {'error': stdlib.fmean(curve[-1]), 'error high': stdlib.fmean(curve[-1][i] for i in high)}
-            if run.get('between'):  # runs of the first study have none
-                values = {'error between points': run['between'][n], **values}
+            values = {'error': stdlib.fmean(curve[-1]), 'error high': stdlib.fmean(curve[-1][i] for i in high),
+                      'error between points': run['between'][n]}
         else:
             shares = [[(accuracy - .5) / (IDEAL - .5) for accuracy in values] for values in curve[1:]]
             by_band = [stdlib.fmean(values) for values in zip(*shares)]

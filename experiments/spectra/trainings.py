@@ -8,13 +8,17 @@ from typing import Any
 import timm
 import torch
 from timm.data import create_dataset, create_loader
+from timm.layers import get_act_layer
 from timm.optim import create_optimizer_v2
 from timm.utils import random_seed
 from torch import nn
 
 from experiments.comparisons import Difference, mean_interval, paired_difference
 from gmnet_timm.demo import PATCH_SIZE, PHOTOS, create_schedule, prepare_photo_patches, train_epoch
+from gmnet_timm.frequency.gaussian import predict_pointwise
+from gmnet_timm.frequency.signals import LayerSpectrum
 from gmnet_timm.frequency.spectra import layer_spectra
+from gmnet_timm.frequency.split import high_frequency_energy
 
 __all__ = ['VARIANTS', 'ActivationOver', 'report', 'train_and_measure']
 
@@ -77,9 +81,22 @@ def train_and_measure(variant: str, seed: int, data: Path, patches: int, epochs:
         dict(variant=variant, seed=seed, top1=100 * answers.mean().item(), layer=layer.name,
              size='x'.join(map(str, layer.after.size)), images=len(layer.after.power), before=layer.before.high,
              after=layer.after.high, log_ratio=math.log(layer.after.high / layer.before.high),
-             theory=layer.predicted_high)
+             theory=gaussian_high(layer, variant))
         for layer in layers
         if layer.before is not None and layer.after is not None and min(layer.after.size) >= SMALLEST_MAP]
+
+
+def gaussian_high(layer: LayerSpectrum, variant: str) -> float:
+    """`high` after the function of a variant, for Gaussian maps with the measured mean and spectrum of each channel.
+
+    `LayerSpectrum.predicted_high` takes the operands of a product as independent where it does not know the function.
+    """
+    statistics = layer.statistics
+    assert statistics is not None and layer.after is not None
+    act = VARIANTS[variant]() if callable(VARIANTS[variant]) else get_act_layer(VARIANTS[variant])()
+    width = layer.after.size[1]
+    power = predict_pointwise(lambda x: act(x) * x, statistics.value_mean, statistics.value_power, width)
+    return high_frequency_energy(power, width).item()
 
 
 def report(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -3,7 +3,9 @@ import csv
 import json
 import math
 import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,11 +15,13 @@ from experiments.command import run_command
 from experiments.learn import tasks as learn_tasks
 from experiments.learn import trainings as learn
 from experiments.learn.__main__ import parser
+from experiments.learn.contrasts import contrast_lines
 from experiments.learn.network import Network, train_step
 from experiments.learn.tasks import IDEAL, BandImages, Sinusoids, create_task
 from experiments.variants import Variant
 from gmnet_timm.errors import UserError
 
+ROOT = Path(__file__).parents[2]
 IMAGE_TASKS = learn_tasks.TASKS[1:]
 
 
@@ -213,7 +217,7 @@ def _rows(path):
 
 
 ARGV = ['--tasks', 'regression', '--variants', 'relu', 'relu*x', 'relu6*x', '--seeds', '0', '1', '2', '--steps', '20',
-        '--learning-rates', '0.001', '0.01', '0.1', '--no-figure']
+        '--learning-rates', '0.001', '0.01', '0.1']
 
 
 @pytest.mark.slow
@@ -250,7 +254,7 @@ def test_command_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     (['--seeds', '1', '1000'], 'choose the learning rate'), (['--steps', '5'], 'at least 20'),
     (['--scale', '0'], 'positive scale'), (['--learning-rates', '-1'], 'positive learning rate')])
 def test_errors_come_before_the_work(tmp_path, capsys, argv, message):
-    assert run_command(parser(), ['--output', str(tmp_path / 'out'), '--no-figure', *argv]) == 1
+    assert run_command(parser(), ['--output', str(tmp_path / 'out'), *argv]) == 1
     assert message in capsys.readouterr().err and not (tmp_path / 'out').exists()
 
 
@@ -275,3 +279,34 @@ def test_the_learning_rate_is_the_one_with_the_smallest_loss(monkeypatch):
     assert run(.001, .003) == (.027, False, 5)  # .009, .027, .081
     assert run(.4, .2) == (.025, True, 5)
     assert run(.1) == (.1, False, 1)
+
+
+def test_error_between_points_is_that_of_the_function():
+    """A network that knows the sum by heart has none; one that knows it at the points of training only has some."""
+    task = create_task('regression', [3])
+    (_, on_points), (x, between) = task.at(0.), task.at(.5)
+    t = torch.atan2(x[:, 1:], x[:, :1]).double()
+    expected = torch.zeros_like(t)
+    for i, k in enumerate(task.frequencies):
+        phase = 2 * math.pi * torch.rand(
+            len(task.frequencies), generator=torch.Generator().manual_seed(1_000_003 + 3), dtype=torch.float64)[i]
+        expected += torch.sin(k * t + phase) * math.sqrt(2 / len(task.frequencies))
+    assert task.loss(expected.float(), between) < 1e-6
+    assert task.loss(on_points, between) > .1
+
+
+def test_planned_contrasts(tmp_path):
+    rng = np.random.default_rng(0)
+    noise = rng.normal(0, .01, (6, 12))
+    rows = [dict(variant=name, seed=seed, between=value + noise[i, seed])
+            for i, (name, value) in enumerate(
+                {'relu': .1, 'relu*x': .3, 'relu6*x': .1, 'gelu': .2, 'gelu*x': .1, 'gelu*v': .2}.items())
+            for seed in range(12)]
+    verdicts = [line.split('|')[-2].strip() for line in contrast_lines(rows)[2:]]
+    assert verdicts == ['larger error', 'open', 'smaller error', 'open', 'open']
+
+
+def test_report_of_the_second_plan_follows_from_its_data():
+    folder = ROOT / 'experiments'
+    lines = contrast_lines(_rows(folder / 'learn' / 'results' / 'plan-2' / 'between.csv'))
+    assert '\n'.join(lines) in (folder / 'README.md').read_text()

@@ -13,7 +13,6 @@ import yaml
 
 from experiments.command import run_command
 from experiments.paper.__main__ import parser
-from experiments.paper.scripts import FIGURES
 from gmnet_timm.demo import PHOTOS, prepare_photo_patches
 from gmnet_timm.training.recipe import compose_recipe, load_recipe, plan_layout
 
@@ -27,7 +26,7 @@ def test_frequency_recipe_is_the_published_one_with_100_epochs_and_all_checkpoin
     assert 'OUR RECONSTRUCTION' in header and 'is not one' not in header
 
 
-@pytest.mark.parametrize('name', FIGURES)
+@pytest.mark.parametrize('name', ['resnet18', 'mobilenetv2', 'activations', 'gates'])
 def test_script_trains_each_model_of_the_figure_and_evaluates_it(name, capsys):
     assert run_command(parser(), [name, '--gpus', '8', '--data-dir', '/data/image net', '--train-flags=--amp']) == 0
     script = capsys.readouterr().out
@@ -53,9 +52,41 @@ def test_script_trains_each_model_of_the_figure_and_evaluates_it(name, capsys):
         assert len(kwargs) == 4  # one of them is the model as it is
 
 
+def lines_of(script):
+    subprocess.run(['bash', '-n'], input=script, text=True, check=True)
+    return [shlex.split(line) for line in script.replace('\\\n', ' ').splitlines() if not line.startswith('#')]
+
+
+def test_seeds_radii_and_flags_over_several_lines(capsys):
+    argv = ['resnet18', '--seeds', '1', '2', '--radii', '6', '10', "--train-flags=--amp\n    --workers 4"]
+    assert run_command(parser(), argv) == 0
+    lines = lines_of(capsys.readouterr().out)
+    trainings = [line for line in lines if line[:1] == ['python']]
+    assert [line[line.index('--seed') + 1] for line in trainings] == ['1', '2'] * 4
+    assert all(line[-4:] == ['--amp', '--workers', '4', '${resume[@]}'] for line in trainings)
+    final = lines[-1]
+    assert [line[line.index('--experiment') + 1] for line in trainings] == [
+        run.removeprefix('runs/') for run in final[3:11]]
+    groups = final[final.index('--groups') + 1:final.index('--output')]
+    assert groups == [run.removeprefix('runs/').rpartition('-')[0] for run in final[3:11]]
+    assert final[final.index('--radii') + 1:final.index('--groups')] == ['6', '10']
+
+
+def test_bands_and_figure_1(capsys):
+    import timm
+    assert run_command(parser(), ['bands']) == 0
+    script = capsys.readouterr().out
+    final = lines_of(script)[-1]
+    assert 'EfficientMod is not in timm' in script and not timm.list_models('*efficientmod*')
+    assert final[3:6] == ['runs/gmnet_s3/last.pth.tar', 'starnet_s4.in1k', 'mobileone_s2.apple_in1k']
+    assert run_command(parser(), ['figure1']) == 0
+    final = lines_of(capsys.readouterr().out)[-1]
+    assert final[:3] == ['gmnet-timm', 'freq', 'image'] and set(final[5:6]) <= set(timm.list_pretrained('resnet18*'))
+
+
 def test_unknown_figure_and_impossible_layout_are_refused(capsys):
     assert run_command(parser(), ['figure7']) == 1
-    assert 'Figures: resnet18, mobilenetv2, activations, gates' in capsys.readouterr().err
+    assert 'Figures: figure1, resnet18, mobilenetv2, activations, gates, bands' in capsys.readouterr().err
     assert run_command(parser(), ['resnet18', '--gpus', '3']) == 1
     assert 'not 2048' in capsys.readouterr().err
 
@@ -74,7 +105,7 @@ def test_figure_from_the_photographs_end_to_end(tmp_path):
         PATH=f'{Path(sys.executable).parent}:{os.environ["PATH"]}')
     flags = (
         f'--epochs 2 --warmup-epochs 0 --num-classes {len(PHOTOS)} --img-size 64 --batch-size 64 --grad-accum-steps 1 '
-        '--workers 0 --device cpu --model-kwargs channels=[8,8,16,16] layers=[1,1,1,1]')
+        '--workers 1 --device cpu --model-kwargs channels=[8,8,16,16] layers=[1,1,1,1]')
 
     def make(sections=None):
         script = subprocess.run(

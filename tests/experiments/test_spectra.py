@@ -11,7 +11,9 @@ from scipy import stats
 
 from experiments.command import run_command
 from experiments.spectra.__main__ import parser
-from experiments.spectra.trainings import VARIANTS, report
+from experiments.spectra.trainings import VARIANTS, gaussian_high, report
+from gmnet_timm.frequency import layer_spectra
+from gmnet_timm.frequency.gaussian import power_law
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,6 +26,26 @@ def test_a_gate_that_is_an_activation_is_one_with_its_gradient(variant, expected
     assert torch.allclose(got, want)
     upstream = torch.randn_like(x)
     assert torch.allclose(*(torch.autograd.grad(y, x, upstream)[0] for y in (got, want)))
+
+
+@pytest.mark.parametrize('variant, expected', [
+    ('ReLU(x)', torch.relu), ('GELU(x)', torch.nn.functional.gelu), ('ReLU6(x)·x', lambda x: x.clamp(0, 6) * x)])
+def test_theory_is_of_the_function_and_not_of_two_operands(variant, expected):
+    """Of a network that is one gate on Gaussian maps, what is measured is what is predicted."""
+    class Gate(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            act = VARIANTS[variant]
+            self.act = act() if callable(act) else torch.nn.ReLU6()
+
+        def forward(self, x):
+            return self.act(x) * x
+
+    noise = torch.fft.rfft2(torch.randn(200, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
+    maps = torch.fft.irfft2(noise * power_law(32, 1.)[0].sqrt() * 32, s=(32, 32)).float() - .5
+    assert torch.allclose(Gate()(maps), expected(maps), atol=1e-6)
+    layer, = layer_spectra(torch.nn.Sequential(Gate()), [(maps, torch.zeros(200))], channels=None)
+    assert gaussian_high(layer, variant) == pytest.approx(layer.after.high, rel=.05)
 
 
 @pytest.mark.slow

@@ -68,19 +68,9 @@ def test_comparisons_are_paired_by_seed_and_corrected():
 
 
 @pytest.mark.parametrize('effect, count', [(.2, 199), (.5, 34), (.8, 15), (1., 10)])
-def test_seeds_needed_as_in_published_tables(effect, count):
+def test_detectable_effects_as_in_published_tables(effect, count):
     """Pairs for a power of 80 % at 5 %, two-sided, by Cohen's d of the differences, as G*Power prints them."""
-    assert statistics.seeds_needed(effect, 1.) == count
-    assert statistics.power(effect, 1., count) >= .8 > statistics.power(effect, 1., count - 1)
-
-
-def test_power_is_the_share_of_experiments_that_find_the_effect():
-    rng = np.random.default_rng(0)
-    p = stats.ttest_1samp(rng.normal(1.5, 2., size=(20000, 10)), 0., axis=1).pvalue
-    assert statistics.power(1.5, 2., 10) == pytest.approx((p < .05).mean(), abs=.01)
-    assert statistics.power(0., 2., 10) == pytest.approx(.05)
-    found = statistics.detectable_effect(2., 10)
-    assert statistics.power(found, 2., 10) == pytest.approx(.8)
+    assert statistics.detectable_effect(1., count) <= effect < statistics.detectable_effect(1., count - 1)
 
 
 def test_mean_interval_is_students():

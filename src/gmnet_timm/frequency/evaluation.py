@@ -23,8 +23,7 @@ from gmnet_timm.weights.model import LoadedModel, load_model
 from gmnet_timm.weights.runs import ARGS_NAME, epoch_checkpoints, read_args
 
 __all__ = [
-    'EvalSettings', 'evaluate_model', 'evaluate_models', 'evaluate_runs', 'group_rows', 'kept_rows',
-    'report_rows',
+    'EvalSettings', 'evaluate_model', 'evaluate_runs', 'group_rows', 'report_rows',
 ]
 
 
@@ -137,41 +136,6 @@ def report_rows(report: dict[str, Any], **first: Any) -> list[dict[str, Any]]:
     ]
 
 
-def evaluate_models(
-        models: Sequence[LoadedModel],
-        settings: EvalSettings,
-        path: Path,
-        *,
-        again: bool = False,
-        **kwargs: Any,
-) -> list[dict[str, str]]:
-    """Evaluate models band by band, and keep the numbers in a table: what it already holds is not evaluated again.
-
-    Args:
-        models: The models.
-        settings: Data, radii and options.
-        path: CSV file to write after each model. Rows of other models, weights and settings in it are kept.
-        again: Evaluate all the same, as after a change of the data, which the table does not know of.
-        **kwargs: As for `evaluate_model`.
-
-    Returns:
-        The rows for these models and settings.
-    """
-    for model in models:
-        if again or not kept_rows([model], settings, path):
-            report = evaluate_model(model, settings, **kwargs)
-            key = _key(model, settings)
-            rows = [row for row in _rows_of(path) if not key.items() <= row.items()]
-            write_csv([*rows, *report_rows(report)], path)
-    return kept_rows(models, settings, path)
-
-
-def kept_rows(models: Sequence[LoadedModel], settings: EvalSettings, path: Path) -> list[dict[str, str]]:
-    """The rows that `evaluate_models` has written for these models, weights and settings."""
-    keys = [_key(model, settings) for model in models]
-    return [row for key in keys for row in _rows_of(path) if key.items() <= row.items()]
-
-
 def group_rows(labels: Sequence[str], rows: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """Mean top-1 over the trainings of one label with Student's 95 % interval, by band and, of curves, by epoch.
 
@@ -197,14 +161,6 @@ def group_rows(labels: Sequence[str], rows: Sequence[Sequence[Mapping[str, Any]]
                 label=label, trainings=len(values), epoch=epoch, band=band, inner_radius=inner_radius, radius=radius,
                 top1=top1, top1_low=low, top1_high=high))
     return grouped
-
-
-def _key(model: LoadedModel, settings: EvalSettings) -> dict[str, str]:
-    """By which columns the rows of a model are known."""
-    report = dict(
-        settings=dataclasses.asdict(settings), data_config=model.data_config, provenance=model.provenance,
-        class_names=model.class_names)
-    return {name: str(value) for name, value in dict(model=model.name, **_settings_columns(report)).items()}
 
 
 def _rows_of(path: Path) -> list[dict[str, str]]:
