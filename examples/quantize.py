@@ -8,17 +8,20 @@ import argparse
 import time
 from pathlib import Path
 
-import nncf
-import numpy as np
-import onnxruntime
-import openvino
-import timm
-import torch
-from nncf.quantization.range_estimator import RangeEstimatorParametersSet
-from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
-from onnxruntime.quantization.shape_inference import quant_pre_process
-from timm.data import create_dataset, create_transform, resolve_model_data_config
-from timm.utils import reparameterize_model
+try:
+    import nncf
+    import numpy as np
+    import onnxruntime
+    import openvino
+    import timm
+    import torch
+    from nncf.quantization.range_estimator import RangeEstimatorParametersSet
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+    from timm.data import create_dataset, create_transform, resolve_model_data_config
+    from timm.utils import reparameterize_model
+except ModuleNotFoundError as e:
+    raise SystemExit(f"{e.name} is not installed. Install it with: pip install 'gmnet-timm[ecosystem,demo]'") from e
 
 CALIBRATION_IMAGES, BATCH = 256, 64
 TURNS, RUNS = 60, 10  # of the measurement of time

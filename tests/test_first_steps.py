@@ -46,7 +46,8 @@ def bash(command, folder):
 
 def readme_lines():
     """The commands of the section about own pictures, by their first word or two."""
-    block = re.search(r'## Fine-tune on your pictures.*?```bash\n(.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)[1]
+    text = (ROOT / 'README.md').read_text()
+    block = re.search(r'## Fine-tune on your pictures.*?```bash\n(.*?)```', text, re.DOTALL)[1]
     lines = re.sub(r' +#.*', '', block.replace('\\\n', ' ').replace('photo.jpg', 'photo.png')).strip().splitlines()
     return {' '.join(line.split()[1:2]): line for line in lines}
 

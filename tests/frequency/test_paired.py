@@ -125,7 +125,11 @@ def test_groups_of_the_command(tmp_path, capsys):
             '--radii', '4', '--workers', '0', '--output', str(tmp_path / 'out'), '--groups']
     assert main([*argv, 'one', 'one']) == 1
     assert '2 are given for 3' in capsys.readouterr().err
-    assert main([*argv, 'one', 'one', 'two']) == 0
+    assert main([*argv, 'one', 'one', 'two', '--figure-width', '0']) == 1
+    assert '1 to 40 inches' in capsys.readouterr().err
+    assert main([*argv, 'one', 'one', 'two', '--figure-width', '6.5']) == 0
+    with Image.open(tmp_path / 'out' / 'eval.png') as figure:
+        assert figure.width / figure.info['dpi'][0] == pytest.approx(6.5, abs=.02)
     with (tmp_path / 'out' / 'eval-groups.csv').open(newline='') as file:
         rows = list(csv.DictReader(file))
     assert [(row['label'], row['trainings']) for row in rows] == [('one', '2')] * 3 + [('two', '1')] * 3

@@ -1,6 +1,11 @@
 """What a source says of its model is what is built, or the source is refused."""
 import argparse
 import json
+import runpy
+import socket
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -12,6 +17,7 @@ from conftest import create
 from gmnet_timm.cli.main import main
 from gmnet_timm.errors import UserError
 from gmnet_timm.hub.loading import same_logits
+from gmnet_timm.weights.config import _is_known_host
 from gmnet_timm.weights.convert import save_weights
 from gmnet_timm.weights.model import load_model, read_source
 
@@ -339,3 +345,27 @@ def test_same_logits_of_models_that_overflow():
     assert not same_logits(relu, relu6) and not same_logits(square, clipped) and not same_logits(clipped, square)
     infinite = Net(lambda x: x / 0)
     assert not same_logits(infinite, infinite)
+
+
+def test_without_a_network_nothing_is_tried_for_half_a_minute(monkeypatch, capsys, tmp_path):
+    def no_address(*args, **kwargs):
+        raise socket.gaierror(-2, 'Name or service not known')
+
+    monkeypatch.setattr(socket, 'getaddrinfo', no_address)
+    for name in ('http_proxy', 'https_proxy', 'all_proxy', 'no_proxy'):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    start = time.perf_counter()
+    assert main(['info', 'hf-hub:you/absent']) == 1
+    assert 'has no address here' in capsys.readouterr().err and time.perf_counter() - start < 10
+    monkeypatch.setenv('https_proxy', 'http://127.0.0.1:9')  # a proxy would know the name
+    assert _is_known_host('https://huggingface.co')
+
+
+def test_examples_name_what_is_missing(monkeypatch):
+    examples = Path(__file__).parents[2] / 'examples'
+    needed = {'quantize': 'nncf', 'segmentation': 'segmentation_models_pytorch', 'detection': 'skimage'}
+    for name, package in needed.items():
+        monkeypatch.setitem(sys.modules, package, None)
+        with pytest.raises(SystemExit, match=f"{package} is not installed. Install it with: pip install 'gmnet-timm"):
+            runpy.run_path(str(examples / f'{name}.py'))

@@ -140,6 +140,9 @@ def add_maps(parser, window: bool = True) -> None:
 def add_figures(parser, optional: bool = True) -> None:
     parser.add_argument(
         '--figure-formats', nargs='+', default=['png'], choices=['png', 'pdf', 'svg'], help='(default: png)')
+    parser.add_argument(
+        '--figure-width', type=float, metavar='INCHES',
+        help='of figures, such as that of a column or a page in print (default: what the panels need)')
     if optional:
         parser.add_argument('--no-figure', action='store_true', help='write no figures, without matplotlib')
 
@@ -156,6 +159,8 @@ def check_output(args: argparse.Namespace, *names: str, figures: list[str]) -> N
         args.output = Path('output', 'freq', words[:100])
     paths = [args.output / name for name in names]
     drawn = [path for name in figures for path in figure_paths(args, name)]
+    if args.figure_width is not None and not 1 <= args.figure_width <= 40:
+        raise UserError(f'--figure-width is from 1 to 40 inches, got {args.figure_width:g}.')
     if drawn:
         from gmnet_timm.frequency.extras import require_matplotlib
         require_matplotlib()
@@ -177,7 +182,10 @@ def save_figures(args: argparse.Namespace, name: str, draw, force: bool = False)
     from gmnet_timm.frequency.figures import save_figure
 
     paths = figure_paths(args, name)
-    figure = draw() if paths else None
+    figure: Any = draw() if paths else None
+    if paths and args.figure_width:
+        width, height = figure.get_size_inches()
+        figure.set_size_inches(args.figure_width, height * args.figure_width / width)
     for path in paths:
         save_figure(figure, path, force=force or args.force)
         print(path)

@@ -1,17 +1,23 @@
 """The config.json of a folder or repository that timm loads as `local-dir:` or `hf-hub:`."""
+import contextlib
 import dataclasses
+import functools
 import json
+import socket
+import urllib.parse
+import urllib.request
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import HfHubHTTPError
-from timm.models._hub import load_model_config_from_hf
+from huggingface_hub import constants, hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+from timm.models._hub import hf_split, load_model_config_from_hf
 
 from gmnet_timm.errors import UserError
 
 __all__ = [
     'CARD_NAME', 'CONFIG_NAME', 'LOCATION_KEYS', 'REQUEST_ERRORS', 'WEIGHTS_NAMES', 'WEIGHTS_NAME', 'Config',
-    'read_config', 'read_hub_config', 'read_text',
+    'download_repository', 'hub_repository', 'read_config', 'read_hub_config', 'read_text',
 ]
 
 WEIGHTS_NAME = 'model.safetensors'
@@ -135,3 +141,30 @@ def _refuse_constant(name: str) -> float:
     raise ValueError(f'{name} is not a number in JSON')
 
 
+def hub_repository(name: str) -> tuple[str, str | None]:
+    """Repository and revision of a name such as hf-hub:OWNER/NAME@REVISION."""
+    return hf_split(name.partition(':')[2])
+
+
+def download_repository(name: str) -> Path:
+    """The folder in the cache with weights, configuration and card of a repository."""
+    repo_id, revision = hub_repository(name)
+    offline = not _is_known_host(constants.ENDPOINT)  # huggingface_hub would try again for half a minute
+    download = functools.partial(hf_hub_download, repo_id, revision=revision, local_files_only=offline)
+    try:
+        with contextlib.suppress(EntryNotFoundError):
+            download(CARD_NAME)
+        download(CONFIG_NAME)
+        return Path(download(WEIGHTS_NAME)).parent
+    except REQUEST_ERRORS as e:
+        why = f'{constants.ENDPOINT} has no address here, and nothing of it is in the cache. Is there a network?' \
+            if offline else ' '.join(str(e).split())[:300]
+        raise UserError(f'{name} cannot be read: {why}') from e
+
+
+def _is_known_host(address: str) -> bool:
+    """Whether a name has an address here, or a proxy would ask for it."""
+    try:
+        return bool(urllib.request.getproxies() or socket.getaddrinfo(urllib.parse.urlsplit(address).hostname, None))
+    except OSError:
+        return False

@@ -245,7 +245,7 @@ def near_names(name: str) -> str:
     models = timm.list_models()
     # the names themselves, and as long a piece of each, so that vit_tinny is near vit_tiny_patch16_224
     pieces = {known[:len(name)]: known for known in reversed(models)} | {known: known for known in models}
-    near = dict.fromkeys(pieces[piece] for piece in difflib.get_close_matches(name, pieces, n=4))
+    near = dict.fromkeys(pieces[piece] for piece in difflib.get_close_matches(name, pieces, n=4, cutoff=.75))
     if near:
         return f'Did you mean {" or ".join(near)}?'
     return f'Models of this package: {", ".join(timm.list_models("gmnet*"))}.'

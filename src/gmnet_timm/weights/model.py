@@ -12,19 +12,17 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError
-from timm.models._hub import hf_split
 from torch import nn
 
 from gmnet_timm.errors import UserError
 from gmnet_timm.weights.class_names import check_class_names, read_class_names
 from gmnet_timm.weights.config import (
-    CARD_NAME,
     CONFIG_NAME,
-    REQUEST_ERRORS,
     WEIGHTS_NAME,
     WEIGHTS_NAMES,
     Config,
+    download_repository,
+    hub_repository,
     read_config,
     read_hub_config,
 )
@@ -146,7 +144,7 @@ def read_source(
         UserError: Something is missing, contradicts the tensors, or cannot be carried over; the message says what.
     """
     is_remote = str(spec).startswith(('hf-hub:', 'hf_hub:'))
-    name, path = (None, _download(str(spec))) if is_remote else split_spec(spec)
+    name, path = (None, download_repository(str(spec))) if is_remote else split_spec(spec)
     folder = path if path.is_dir() else None
     if folder is None and str(spec).startswith('local-dir:'):
         raise UserError(f'{spec} names no folder.')
@@ -428,25 +426,9 @@ def _check_recorded(name: str, model: nn.Module) -> None:
         path = Path(where, WEIGHTS_NAME)
     elif scheme in ('hf-hub', 'hf_hub'):
         with contextlib.suppress(OSError, ValueError):  # the repository has no such file
-            repo_id, revision = _repository(name)
+            repo_id, revision = hub_repository(name)
             path = hf_hub_download(repo_id, WEIGHTS_NAME, revision=revision)
     recorded = read_outline(path)[0].get(SHA256_KEY) if path is not None and Path(path).is_file() else None
     if recorded is not None and recorded != weights_sha256(model.state_dict()):
         raise CheckpointError(
             f'{name} is damaged: the weights that timm loaded do not have the SHA-256 that they record.')
-
-
-def _repository(name: str) -> tuple[str, str | None]:
-    return hf_split(name.partition(':')[2])
-
-
-def _download(name: str) -> Path:
-    """The folder in the cache with weights, configuration and card of a repository."""
-    repo_id, revision = _repository(name)
-    try:
-        with contextlib.suppress(EntryNotFoundError):
-            hf_hub_download(repo_id, CARD_NAME, revision=revision)
-        hf_hub_download(repo_id, CONFIG_NAME, revision=revision)
-        return Path(hf_hub_download(repo_id, WEIGHTS_NAME, revision=revision)).parent
-    except REQUEST_ERRORS as e:
-        raise UserError(f'{name} cannot be read: {" ".join(str(e).split())[:300]}') from e
