@@ -5,7 +5,6 @@ whose address pyproject.toml has; where it has none, the link is left out and it
 """
 import posixpath
 import re
-import tomllib
 from pathlib import Path
 
 from mkdocs.structure.files import File
@@ -16,7 +15,7 @@ CODE = re.compile(r'`[^`\n]+`')
 SHORT_CODE = re.compile(r'<code>(?=[^<]{1,32}</code>)')
 # `[text](file#anchor)`, not an address, which has a colon
 LINK = re.compile(r'\[(?P<text>(?:!\[[^\]]*\]\([^)]*\)|[^\[\]])*)\]\((?P<file>[^)\s:#]+)(?P<anchor>#[^)\s]*)?\)')
-URLS = tomllib.loads((ROOT / 'pyproject.toml').read_text(encoding='utf-8'))['project']['urls']
+REPOSITORY = re.search(r"^Repository = '([^']+)'", (ROOT / 'pyproject.toml').read_text(encoding='utf-8'), re.MULTILINE)
 
 
 def on_files(files, config):
@@ -37,8 +36,8 @@ def on_page_markdown(markdown, page, config, files):
             place = posixpath.relpath(site, posixpath.dirname(page.file.src_uri) or '.')
         elif not (ROOT / path).exists():
             return match[0]  # MkDocs reports it
-        elif 'Repository' in URLS:
-            place = f'{URLS["Repository"]}/blob/main/{path}'
+        elif REPOSITORY:
+            place = f'{REPOSITORY[1]}/blob/main/{path}'
         else:
             return match['text']
         return f'[{match["text"]}]({place}{match["anchor"] or ""})'

@@ -182,12 +182,9 @@ def save_figures(args: argparse.Namespace, name: str, draw, force: bool = False)
     from gmnet_timm.frequency.figures import save_figure
 
     paths = figure_paths(args, name)
-    figure: Any = draw() if paths else None
-    if paths and args.figure_width:
-        width, height = figure.get_size_inches()
-        figure.set_size_inches(args.figure_width, height * args.figure_width / width)
+    figure = draw() if paths else None
     for path in paths:
-        save_figure(figure, path, force=force or args.force)
+        save_figure(figure, path, force=force or args.force, width=args.figure_width)
         print(path)
 
 

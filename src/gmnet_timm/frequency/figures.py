@@ -311,17 +311,26 @@ def draw_maps(maps: Mapping[str, torch.Tensor], channels: Sequence[int], title: 
     return figure
 
 
-def save_figure(figure: Any, path: str | Path, force: bool = True) -> None:
+def save_figure(figure: Any, path: str | Path, force: bool = True, width: float | None = None) -> None:
     """Write a figure as PNG, PDF or SVG, by the suffix of the path; fonts stay text in PDF and SVG.
+
+    Args:
+        figure: The figure.
+        path: The file.
+        force: Replace an existing file.
+        width: In inches, such as that of a column in print; by default what is drawn needs.
 
     Raises:
         UserError: There is no such format, or the file exists and `force` is not set.
     """
     import matplotlib
+    if width is not None:
+        old, height = figure.get_size_inches()
+        figure.set_size_inches(width, height * width / old)
     try:
         with replacing(path, force=force) as temporary, \
                 matplotlib.rc_context({'pdf.fonttype': 42, 'svg.fonttype': 'none'}):
-            figure.savefig(temporary, dpi=130, bbox_inches='tight')
+            figure.savefig(temporary, dpi=130, bbox_inches='tight' if width is None else None)
     except ValueError as e:  # matplotlib knows no such format
         raise UserError(f'Cannot write {path}: {e}') from e
 
