@@ -25,9 +25,6 @@ def _run_demo(args: argparse.Namespace) -> None:
     shows that training, saving and loading work; it does not measure how well new photographs are recognised, nor
     anything about ImageNet.
     """
-    from gmnet_timm.cli.options import starting
-
-    starting('Loading torch and timm')
     from gmnet_timm.demo import run_demo
 
     print(run_demo(**{name: value for name, value in vars(args).items() if name != 'run'}))

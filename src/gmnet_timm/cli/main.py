@@ -13,6 +13,7 @@ from typing import Any
 
 from gmnet_timm import __version__
 from gmnet_timm.cli import demo, frequency, hub, models, training
+from gmnet_timm.cli.options import starting
 from gmnet_timm.errors import MissingExtraError, TargetExistsError, UserError, printable
 
 
@@ -35,6 +36,8 @@ def main(argv: list[str] | None = None) -> int:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:
+        if 'torch' not in sys.modules and sys.stderr is not None and sys.stderr.isatty():
+            starting('Loading torch and timm')  # for seconds there is nothing else to see
         with contextlib.redirect_stdout(_Output(sys.stdout) if sys.stdout is not None else None):
             status = args.run(args) or 0
             if sys.stdout is not None:  # it is None where the process was started without one

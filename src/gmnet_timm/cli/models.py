@@ -1,7 +1,7 @@
 """`gmnet-timm info`, `predict` and `convert`."""
 import argparse
 
-from gmnet_timm.cli.options import SOURCES, add_description, add_preprocessing, description, print_notes, starting
+from gmnet_timm.cli.options import SOURCES, add_description, add_preprocessing, description, print_notes
 from gmnet_timm.errors import UserError, printable
 
 
@@ -64,7 +64,6 @@ def _run_predict(args: argparse.Namespace) -> None:
     """
     if args.top < 1:
         raise UserError(f'--top must be positive, got {args.top}.')
-    starting('Loading the model')
     import torch
 
     from gmnet_timm.cli.frequency_options import load, names_of_classes
