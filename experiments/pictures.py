@@ -25,7 +25,7 @@ from benchmarks.results import Results
 from experiments.command import parser_for, run_command
 from gmnet_timm.cli.main import main
 from gmnet_timm.demo import PHOTOS
-from gmnet_timm.errors import UserError
+from gmnet_timm.errors import MissingExtraError, UserError
 from gmnet_timm.frequency import figures, plots
 from gmnet_timm.frequency.reports import write_json
 
@@ -100,12 +100,15 @@ def make_pictures(work: Path, target: Path) -> None:
         _gmnet_timm('freq', *command, '--force', '--output', output)
         shutil.copy(output / picture, target / 'frequency' / ('image.png' if command[0] == 'image' else picture))
     write_json(dict(drawn_by=drawing_sha256()), target / 'frequency' / RECORD)
-    draw([Results.load(RESULTS / f'{machine}-2-cores-latency.json') for machine in ('amd-epyc', 'intel-xeon')],
-         target / 'benchmarks.svg')
-    if importlib.util.find_spec('selenium') and shutil.which('chromedriver'):
+    try:
+        draw([Results.load(RESULTS / f'{machine}-2-cores-latency.json') for machine in ('amd-epyc', 'intel-xeon')],
+             target / 'benchmarks.svg')
+    except MissingExtraError as e:
+        _logger.warning(f'benchmarks.svg is left as it is: {e}')
+    if all(map(importlib.util.find_spec, ('selenium', 'gradio'))) and shutil.which('chromedriver'):
         photograph_page([demo, *patches], target / 'explore')
     else:
-        _logger.warning('docs/explore is left as it is: selenium or chromedriver is missing.')
+        _logger.warning('The pictures of the page are left as they are: selenium, gradio or chromedriver is missing.')
 
 
 def photograph_page(arguments: list[str], target: Path) -> None:
