@@ -651,7 +651,7 @@ def test_every_documented_command(index, run, hub, tmp_path, names, monkeypatch)
 
 @pytest.mark.slow
 def test_readme_brings_a_checkpoint_of_the_authors_to_the_hub(run, hub, tmp_path, monkeypatch):
-    """The section Weights of README.md, with a file as the authors' trainer writes it: with arguments of timm 0.6's."""
+    """The section about them in README.md, with a file as their trainer writes it: with arguments of timm 0.6."""
     monkeypatch.chdir(tmp_path)
     weights = timm.create_model('gmnet_s3').state_dict()
     args = argparse.Namespace(
@@ -662,12 +662,12 @@ def test_readme_brings_a_checkpoint_of_the_authors_to_the_hub(run, hub, tmp_path
                 'version': 2, 'args': args, 'metric': 79.3}, 'FILE')
     Image.effect_noise((300, 250), 60).convert('RGB').save('cat.jpg')
     readme = (Path(__file__).parents[2] / 'README.md').read_text(encoding='utf-8')
-    section = readme[readme.index('## Weights'):readme.index('## Train')]
-    (commands,), (program,) = (re.findall(rf'```{language}\n(.*?)```', section, re.DOTALL)
-                               for language in ('bash', 'python'))
+    section = readme[readme.index("## The authors' weights"):readme.index('## Train on ImageNet')]
+    commands, = re.findall(r'```bash\n(.*?)```', section, re.DOTALL)
     for command in commands.splitlines():
         program_name, *arguments = shlex.split(command.replace('you/', 'owner/'), comments=True)
         assert program_name == 'gmnet-timm' and 'FAILED' not in succeed(run(*arguments)), command
-    program = program.replace('you/', 'owner/')
-    code = f'import timm\n{program}\nprint(model.state_dict()["head.weight"].double().sum().item())'
+    code = '''import timm
+model = timm.create_model('hf-hub:owner/gmnet_s3', pretrained=True)
+print(model.state_dict()["head.weight"].double().sum().item())'''
     assert float(python(code, hub.url, tmp_path, HF_TOKEN=TOKEN)) == weights['head.weight'].double().sum().item()
