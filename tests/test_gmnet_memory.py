@@ -254,7 +254,10 @@ def test_forward_mode():
     block = GmNetBlock(4, norm_layer='groupnorm1', init_values=None, recompute_gate=True).double().train()
     x, v = torch.randn(2, 2, 4, 8, 8, dtype=torch.float64)
     with forward_ad.dual_level():
-        tangent = forward_ad.unpack_dual(block(forward_ad.make_dual(x, v))).tangent
+        try:
+            tangent = forward_ad.unpack_dual(block(forward_ad.make_dual(x, v))).tangent
+        except NotImplementedError:
+            pytest.skip('this torch has no forward mode for checkpointed functions')
     x.requires_grad_()
     u = torch.randn_like(x)
     (grad,) = torch.autograd.grad((block(x) * u).sum(), x)

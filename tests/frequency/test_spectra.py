@@ -570,7 +570,7 @@ def test_cli_layers(tmp_path, capsys):
 
 
 def test_a_gate_without_energy_is_called_undefined():
-    from gmnet_timm.cli.frequency import _describe_layer
+    from gmnet_timm.cli.frequency_inside import _describe_layer
 
     class Gate(nn.Module):
         def forward(self, x):

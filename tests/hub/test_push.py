@@ -595,8 +595,9 @@ def test_card_usage_with_other_channels(in_chans, run, tmp_path, monkeypatch, ca
     for code in codes.values():
         exec(code, {})
     assert ' %  ' in capsys.readouterr().out
-    assert 'takes' in refused(run('save', 'other.pth', 'onnx', '--onnx'), f'takes {in_chans} channels')
-    assert not Path('onnx').exists()
+    if importlib.util.find_spec('onnx'):
+        refused(run('save', 'other.pth', 'onnx', '--onnx'), f'takes {in_chans} channels')
+        assert not Path('onnx').exists()
 
 
 def test_card_facts(run, tmp_path):

@@ -63,6 +63,8 @@ def test_as_by_timm(name, kind, use_ema, tmp_path):
     try:
         expected = load_state_dict(str(path), use_ema=use_ema)
         assert all(isinstance(value, torch.Tensor) for value in expected.values())
+        if name == 'compiled':  # timm 1.0.27 takes off the outer prefix only
+            expected = type(expected)((key.removeprefix('module.'), value) for key, value in expected.items())
     except AssertionError:
         with pytest.raises(CheckpointError, match='not tensors'):
             read_checkpoint(path, use_ema=use_ema)

@@ -131,7 +131,7 @@ def power_spectrum(x: torch.Tensor, window: str | None = None) -> torch.Tensor:
     if window is not None:
         mean = x.mean((-2, -1), keepdim=True)
         x = (x - mean) * _hann(x.shape[-2], x.shape[-1], x.device).to(x.dtype)
-    spectrum = torch.view_as_real(torch.fft.rfft2(x))
+    spectrum = torch.view_as_real(torch.fft.rfft2(x.contiguous()))  # MKL of torch 2.8 fails for some strides
     # in place, which is several times as fast, as is scaling here and not by norm='forward'
     squares = spectrum.mul_(1 / (x.shape[-2] * x.shape[-1])).square_()
     power = squares[..., 0] + squares[..., 1]
