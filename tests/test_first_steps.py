@@ -15,7 +15,7 @@ import yaml
 
 pytest.importorskip('skimage')
 
-from gmnet_timm.demo import run_demo
+from gmnet_timm.demo import PHOTOS, run_demo
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = os.environ.get('TIMM_SCRIPTS')
@@ -64,7 +64,7 @@ def test_what_needs_no_scripts(folder):
     assert 'coins' in bash('gmnet-timm predict output/demo/model photo.png', folder)
     snippet = re.search(r'```python\n(import timm\nfrom PIL.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)[1]
     (folder / 'snippet.py').write_text(snippet.replace('photo.jpg', 'photo.png'))
-    assert re.fullmatch(r'\w+ \d+%\n', bash('python snippet.py', folder))
+    assert bash('python snippet.py', folder).strip() in PHOTOS
     printed = bash(f'{lines["push"]} --folder demo'.replace('runs/mine', 'output/demo/run').replace(
         'data/train', 'output/demo/data/train'), folder)
     assert 'nothing was sent' in printed and (folder / 'demo' / 'model.safetensors').exists()

@@ -13,6 +13,7 @@ import timm
 import torch
 import yaml
 from conftest import create
+from huggingface_hub import constants
 
 from gmnet_timm.cli.main import main
 from gmnet_timm.errors import UserError
@@ -357,7 +358,10 @@ def test_without_a_network_nothing_is_tried_for_half_a_minute(monkeypatch, capsy
         monkeypatch.delenv(name.upper(), raising=False)
     start = time.perf_counter()
     assert main(['info', 'hf-hub:you/absent']) == 1
-    assert 'has no address here' in capsys.readouterr().err and time.perf_counter() - start < 10
+    assert 'has no address here' in capsys.readouterr().err
+    with pytest.raises(UserError, match='cannot be loaded'):
+        load_model('hf-hub:you/absent')
+    assert time.perf_counter() - start < 10 and not constants.HF_HUB_OFFLINE
     monkeypatch.setenv('https_proxy', 'http://127.0.0.1:9')  # a proxy would know the name
     assert _is_known_host('https://huggingface.co')
 

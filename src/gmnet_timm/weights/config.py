@@ -6,6 +6,7 @@ import json
 import socket
 import urllib.parse
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from gmnet_timm.errors import UserError
 
 __all__ = [
     'CARD_NAME', 'CONFIG_NAME', 'LOCATION_KEYS', 'REQUEST_ERRORS', 'WEIGHTS_NAMES', 'WEIGHTS_NAME', 'Config',
-    'download_repository', 'hub_repository', 'read_config', 'read_hub_config', 'read_text',
+    'download_repository', 'hub_repository', 'offline_without_address', 'read_config', 'read_hub_config', 'read_text',
 ]
 
 WEIGHTS_NAME = 'model.safetensors'
@@ -149,7 +150,7 @@ def hub_repository(name: str) -> tuple[str, str | None]:
 def download_repository(name: str) -> Path:
     """The folder in the cache with weights, configuration and card of a repository."""
     repo_id, revision = hub_repository(name)
-    offline = not _is_known_host(constants.ENDPOINT)  # huggingface_hub would try again for half a minute
+    offline = not _is_known_host(constants.ENDPOINT)
     download = functools.partial(hf_hub_download, repo_id, revision=revision, local_files_only=offline)
     try:
         with contextlib.suppress(EntryNotFoundError):
@@ -160,6 +161,17 @@ def download_repository(name: str) -> Path:
         why = f'{constants.ENDPOINT} has no address here, and nothing of it is in the cache. Is there a network?' \
             if offline else ' '.join(str(e).split())[:300]
         raise UserError(f'{name} cannot be read: {why}') from e
+
+
+@contextlib.contextmanager
+def offline_without_address() -> Iterator[None]:
+    """Ask no Hub that has no address here, as with HF_HUB_OFFLINE: huggingface_hub would try for half a minute."""
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = before or not _is_known_host(constants.ENDPOINT)
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _is_known_host(address: str) -> bool:

@@ -23,6 +23,7 @@ from gmnet_timm.weights.config import (
     Config,
     download_repository,
     hub_repository,
+    offline_without_address,
     read_config,
     read_hub_config,
 )
@@ -227,7 +228,8 @@ def load_model(
             spec, checkpoint=checkpoint, use_ema=use_ema, model_kwargs=model_kwargs, preprocessing=preprocessing))
     try:
         args = {**_input_args(timm_name, preprocessing), **(model_kwargs or {})}
-        model = timm.create_model(timm_name, pretrained=True, **args).eval()
+        with offline_without_address():
+            model = timm.create_model(timm_name, pretrained=True, **args).eval()
     except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as e:
         if ':' not in spec and not is_model_name(spec):
             raise UserError(f'{spec} is neither a file or folder nor a model of timm. {near_names(spec)}') from e
