@@ -6,15 +6,12 @@ tested on the six of the last: enough to see that it works, not to compare detec
 """
 import argparse
 
-try:
-    import numpy as np
-    import timm
-    import torch
-    from skimage import data, filters, measure, segmentation
-    from torchvision.models.detection.faster_rcnn import AnchorGenerator, FasterRCNN
-    from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, box_iou
-except ModuleNotFoundError as e:
-    raise SystemExit(f"{e.name} is not installed. Install it with: pip install 'gmnet-timm[demo]'") from e
+import numpy as np
+import timm
+import torch
+from skimage import data, filters, measure, segmentation
+from torchvision.models.detection.faster_rcnn import AnchorGenerator, FasterRCNN
+from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, box_iou
 
 STEPS, BATCH, LR, SPLIT, HEIGHT, WIDTH = 60, 8, 2e-3, 225, 78, 160  # row of the split, size of the training pieces
 

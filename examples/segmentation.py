@@ -6,12 +6,9 @@ how well the network does what that method does, on rows that it has not seen. I
 """
 import argparse
 
-try:
-    import segmentation_models_pytorch as smp
-    import torch
-    from skimage import color, data, filters
-except ModuleNotFoundError as e:
-    raise SystemExit(f"{e.name} is not installed. Install it with: pip install 'gmnet-timm[ecosystem,demo]'") from e
+import segmentation_models_pytorch as smp
+import torch
+from skimage import color, data, filters
 
 STEPS, BATCH, CROP, LR = 60, 8, 96, 2e-3
 TRAIN_ROWS, TEST_ROWS = slice(0, 352), slice(384, 512)

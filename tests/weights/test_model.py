@@ -366,10 +366,8 @@ def test_without_a_network_nothing_is_tried_for_half_a_minute(monkeypatch, capsy
     assert _is_known_host('https://huggingface.co')
 
 
-def test_examples_name_what_is_missing(monkeypatch):
+def test_the_example_names_what_is_missing(monkeypatch):
     examples = Path(__file__).parents[2] / 'examples'
-    needed = {'quantize': 'nncf', 'segmentation': 'segmentation_models_pytorch', 'detection': 'skimage'}
-    for name, package in needed.items():
-        monkeypatch.setitem(sys.modules, package, None)
-        with pytest.raises(SystemExit, match=f"{package} is not installed. Install it with: pip install 'gmnet-timm"):
-            runpy.run_path(str(examples / f'{name}.py'))
+    monkeypatch.setitem(sys.modules, 'nncf', None)
+    with pytest.raises(SystemExit, match="nncf is not installed. Install it with: pip install 'gmnet-timm"):
+        runpy.run_path(str(examples / 'quantize.py'))
