@@ -328,6 +328,7 @@ def test_published_tables_are_those_of_the_results(document):
 @pytest.mark.slow
 @pytest.mark.parametrize('mode, options', [
     ('latency', ['--runtimes', 'eager', 'compile', 'onnxruntime', 'openvino', 'cuda-graph', 'tensorrt']),
+    ('throughput', []),
     ('training', ['--runtimes', 'eager', 'openvino']),
 ])
 def test_smoke(tmp_path, mode, options):

@@ -229,9 +229,14 @@ def test_full_disk(size, report, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # another worker shares the cores
 def test_demo_learns(tmp_path):
-    """With a third of the training of `make demo`, which reaches 87 % (docs/frequency/eval.png)."""
-    report = demo.run_demo(tmp_path, device='cpu', patches=160, epochs=3)
-    assert report.top1 >= 50  # four times chance
+    """With three fifths of the training of `make demo`, which learns more.
+
+    Processor seconds are counted, as other work on the machine stretches the others. An idle one needs no more.
+    """
+    start = time.process_time()
+    report = demo.run_demo(tmp_path, device='cpu', patches=240, epochs=4)
+    assert report.top1 >= 80
+    assert time.process_time() - start < 400
 
 
 def test_a_training_that_diverges_is_said(tmp_path, capsys):
