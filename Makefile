@@ -53,10 +53,8 @@ bench-gpu:
 		--rounds 5 --minutes 2 --output $(GPU_RESULTS)-throughput.json
 	$(GPU_RUN) throughput --device cuda --models gmnet_s3 --runtimes compile-max tensorrt --dtypes bfloat16 \
 		--batch-sizes 256 --rounds 5 --minutes 1.5 --output $(GPU_RESULTS)-throughput-max.json
-	$(GPU_RUN) training --device cuda --models $(GMNETS) --dtypes tf32 bfloat16 --batch-size 128 \
-		--rounds 3 --minutes 0.5 --output $(GPU_RESULTS)-training.json
-	$(GPU_RUN) memory --device cuda --models $(GMNETS) --dtypes bfloat16 --batch-size 128 \
-		--minutes 0.5 --output $(GPU_RESULTS)-memory.json
+	$(GPU_RUN) training --device cuda --models $(GMNETS) --dtypes tf32 bfloat16 --batch-sizes 128 \
+		--rounds 3 --minutes 1 --output $(GPU_RESULTS)-training.json
 
 # The site, in site/. It fails for a broken link or a page that nothing leads to.
 docs: $(VENV)/docs.installed

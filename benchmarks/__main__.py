@@ -5,6 +5,7 @@
     python -m benchmarks report benchmarks/results/*-latency.json --figure docs/benchmarks.svg
 """
 import argparse
+import dataclasses
 import shlex
 import sys
 from pathlib import Path
@@ -19,12 +20,12 @@ from .figure import draw
 from .machine import describe_machine, keep_freed_memory, slug
 from .measure import MEMORY_FORMATS, MODES, Settings, measure
 from .models import MODELS, split
-from .report import report
-from .results import Results
+from .report import Results, report
 from .runtimes import DTYPES, RUNTIMES
 
-ROOT = Path(__file__).parent
-BATCH_SIZE = {'latency': 1, 'throughput': 256, 'training': 32, 'memory': 16}
+FOLDER = Path(__file__).parent / 'results'
+BATCH_SIZES = {'latency': [1], 'throughput': [1, 32, 256], 'training': [32]}
+FUSED = {'yes': (True,), 'no': (False,), 'both': (False, True)}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,80 +37,68 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument('mode', choices=MODES)
     run.add_argument('--models', nargs='+', default=list(MODELS), metavar='MODEL',
                      help="names of timm, also with arguments: 'gmnet_s3 gate=fc' (default: GmNet and its peers)")
-    run.add_argument('--model-kwargs', nargs='+', default=[], metavar='KEY=VALUE', help='arguments of all models')
     run.add_argument('--device', default='auto')
     run.add_argument('--runtimes', nargs='+', choices=list(RUNTIMES), default=['eager'])
-    run.add_argument('--fuse', choices=['yes', 'no', 'both'], help='default: yes, for training and memory no')
+    run.add_argument('--fuse', choices=list(FUSED), help='default: yes, for training no')
     run.add_argument('--dtypes', nargs='+', choices=list(DTYPES), default=['float32'])
     run.add_argument('--memory-formats', nargs='+', choices=list(MEMORY_FORMATS), default=['channels_last'])
-    run.add_argument('--batch-size', type=int, help=f'default: {", ".join(f"{m} {n}" for m, n in BATCH_SIZE.items())}; '
-                                                    'for throughput it is where the sweep ends')
-    run.add_argument('--batch-sizes', nargs='+', type=int, default=[], help='throughput: these in place of a sweep')
+    run.add_argument('--batch-sizes', nargs='+', type=int, help=f'default: {BATCH_SIZES}')
     run.add_argument('--threads', type=int, help='of the CPU (default: as torch chooses)')
     run.add_argument('--img-size', type=int, help='default: that of the published accuracy')
     run.add_argument('--rounds', type=int, default=20, help='in each of which every case is timed (default: 20)')
     run.add_argument('--iterations', type=int, default=5, help='timed iterations per round (default: 5)')
     run.add_argument('--minutes', type=float, help='build no case after this time; the rest is reported as not run')
-    run.add_argument('--default-allocator', action='store_true', help='let glibc give freed memory back')
     run.add_argument('--smoke', action='store_true', help='see that everything works, in seconds; measures nothing')
     run.add_argument('--output', type=Path, help='default: benchmarks/results/MACHINE-MODE.json')
 
     show = commands.add_parser('report', help='print tables, draw the figure')
     show.add_argument('files', nargs='+', type=Path)
     show.add_argument('--figure', type=Path, help='draw accuracy against latency to this file, .svg or .png')
-
     return top
 
 
 def settings(args: argparse.Namespace) -> Settings:
     device = resolve_device(args.device)
-    on_cpu = torch.device(device).type == 'cpu'
-    models = [' '.join([model, *args.model_kwargs]) for model in args.models]
-    unknown = [name for name, _ in map(split, models) if not timm.is_model(name)]
+    large = torch.device(device).type != 'cpu'
+    unknown = [name for name, _ in map(split, args.models) if not timm.is_model(name)]
     if unknown:
         raise UserError(f'timm has no model {", ".join(unknown)}: see timm.list_models().')
-    if args.batch_sizes and args.mode != 'throughput':
-        raise UserError('--batch-sizes is for throughput: give --batch-size.')
-    fuse = args.fuse or ('no' if args.mode in ('training', 'memory') else 'yes')
-    if args.smoke:
-        args.rounds, args.iterations, args.img_size = 2, 1, 64
-        args.batch_size = 2 if args.mode != 'latency' else 1
-        args.batch_sizes = args.batch_sizes and [1, 2]
-        if args.models == list(MODELS):
-            models = ['gmnet_s1', 'mobilenetv2_100']
-    return Settings(
+    found = Settings(
         mode=args.mode,
-        models=tuple(models),
+        models=tuple(args.models),
         device=device,
         runtimes=tuple(args.runtimes),
-        fused={'yes': (True,), 'no': (False,), 'both': (False, True)}[fuse],
+        fused=FUSED[args.fuse or ('no' if args.mode == 'training' else 'yes')],
         dtypes=tuple(args.dtypes),
         memory_formats=tuple(args.memory_formats),
-        batch_size=args.batch_size or BATCH_SIZE[args.mode],
+        batch_sizes=tuple(args.batch_sizes or BATCH_SIZES[args.mode]),
         threads=args.threads or torch.get_num_threads(),
         rounds=args.rounds,
         iterations=args.iterations,
         img_size=args.img_size,
-        matmul_size=256 if args.smoke else 2048 if on_cpu else 8192,
-        copy_mb=16 if args.smoke else 256 if on_cpu else 1024,
-        warm_up_s=0.1 if args.smoke else 3,
+        matmul_size=8192 if large else 2048,
+        copy_mb=1024 if large else 256,
+        warm_up_s=3,
         smoke=args.smoke,
-        batch_sizes=tuple(args.batch_sizes),
         minutes=args.minutes,
     )
+    if not args.smoke:
+        return found
+    return dataclasses.replace(
+        found, models=found.models[:2], batch_sizes=found.batch_sizes[:1] if args.mode == 'latency' else (2,), rounds=2,
+        iterations=1, img_size=64, matmul_size=256, copy_mb=16, warm_up_s=0.1)
 
 
 def run(args: argparse.Namespace) -> None:
     chosen = settings(args)
     torch.backends.cudnn.benchmark = True  # its heuristics alone change the speed of convolutions
-    kept = not args.default_allocator and keep_freed_memory()
+    kept = keep_freed_memory()
     machine = describe_machine(chosen.device, chosen.threads)
     machine['allocator'] = 'freed memory kept' if kept else 'default'
     rows, peak = measure(chosen, log=lambda line: print(line, file=sys.stderr, flush=True))
     command = 'python -m benchmarks ' + shlex.join(sys.argv[1:])
-    results = Results(machine, chosen, command, peak, rows)
-    folder = ROOT / 'results' / ('smoke' if chosen.smoke else '')
-    path = args.output or folder / f'{slug(machine)}-{chosen.mode}.json'
+    results = Results(machine, dataclasses.asdict(chosen), command, peak, rows)
+    path = args.output or FOLDER / ('smoke' if chosen.smoke else '') / f'{slug(machine)}-{chosen.mode}.json'
     results.save(path)
     print(report([results]))
     print(f'wrote {path} and {path.with_suffix(".csv").name}')

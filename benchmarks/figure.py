@@ -7,8 +7,7 @@ from gmnet_timm.errors import MissingExtraError, UserError
 from gmnet_timm.files import replacing
 
 from .models import find
-from .report import latencies, machine
-from .results import Results
+from .report import Results, latencies, machine_name
 
 __all__ = ['draw']
 
@@ -26,7 +25,7 @@ def draw(results: Sequence[Results], path: Path) -> None:
         UserError: There is nothing to draw, or it is of a smoke run.
         MissingExtraError: matplotlib or adjustText is not installed.
     """
-    if any(r.settings.smoke for r in results):
+    if any(r.settings['smoke'] for r in results):
         raise UserError('A smoke run measures nothing: draw the figure from a full run.')
     try:
         import matplotlib
@@ -37,10 +36,10 @@ def draw(results: Sequence[Results], path: Path) -> None:
     from matplotlib import pyplot as plt
     panels = []
     for r in results:
-        times = latencies(r) if r.settings.mode == 'latency' else {}
+        times = latencies(r) if r.settings['mode'] == 'latency' else {}
         if times:
             runtime = min(times, key=lambda name: statistics.median(times[name].values()))
-            panels.append((f'{runtime}, {machine(r)}', times[runtime]))
+            panels.append((f'{runtime}, {machine_name(r)}', times[runtime]))
     if not panels:
         raise UserError('The figure needs latencies of fused models: python -m benchmarks run latency')
 
@@ -77,6 +76,7 @@ def draw(results: Sequence[Results], path: Path) -> None:
 
 def draw_panel(ax, points: dict[str, float]) -> list:
     """Points and lines; returns the labels, which are not placed yet."""
+    from matplotlib.ticker import LogLocator, NullLocator
     known = {name: (ms, find(name)) for name, ms in points.items()}
     family = sorted((ms, model.top1) for name, (ms, model) in known.items() if name.startswith('gmnet') and model.top1)
     if family:
@@ -91,26 +91,15 @@ def draw_panel(ax, points: dict[str, float]) -> list:
             ax.plot(ms, top1, 'o', ms=4, color=colour, mfc=colour if top1 == model.top1 else 'white', zorder=3)
         if top1s:
             labels.append(ax.text(
-                ms, max(top1s), name, color=colour, fontsize=7, zorder=4,
+                ms, max(top1s), name, color=colour, fontsize=7, zorder=2.5,
                 bbox=dict(facecolor='white', edgecolor='none', alpha=0.7, pad=0.3)))
     ax.set_xscale('log')
     ax.margins(x=0.12, y=0.12)
-    ax.autoscale_view()
-    ax.set_xticks(ticks(*ax.get_xlim()))
-    ax.set_xticks([], minor=True)
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7), numticks=20))
+    ax.xaxis.set_minor_locator(NullLocator())
     ax.xaxis.set_major_formatter(lambda v, _: f'{v:g}')
     ax.grid(alpha=0.3)
     return labels
-
-
-def ticks(low: float, high: float) -> list[float]:
-    """At least four round numbers between two positive ones, few enough to be read."""
-    for digits in ((10,), (10, 30), (10, 20, 50), (10, 15, 20, 30, 50, 70), tuple(range(10, 100, 5)),
-                   tuple(range(10, 100, 2)), tuple(range(10, 100))):
-        found = [d * 10.0 ** (k - 1) for k in range(-6, 7) for d in digits if low <= d * 10.0 ** (k - 1) <= high]
-        if len(found) >= 4:
-            return [float(f'{v:.3g}') for v in found]
-    return [float(f'{low + (high - low) * i / 4:.4g}') for i in range(1, 4)]
 
 
 def frontier(points: list[tuple[float, float]]) -> tuple[list[float], list[float]]:

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from .gpu import device_ms, gpu_state, release, set_arithmetic, synchronize
+from .machine import gpu_state, release, set_arithmetic, synchronize
 from .models import create, find, fuse
 from .roofline import Copy, Peak, Work, matmul_forwards, measure_work
 from .runtimes import DTYPES, RUNTIMES, Forward, Unsupported, compile_whole
 
 __all__ = ['Case', 'MEMORY_FORMATS', 'MODES', 'Row', 'Settings', 'measure']
 
-MODES = ('latency', 'throughput', 'training', 'memory')
+MODES = ('latency', 'throughput', 'training')
 MEMORY_FORMATS = {'contiguous': torch.contiguous_format, 'channels_last': torch.channels_last}
 
 # Relative error of the logits, against those of the eager model in IEEE float32, above which a case is not timed.
@@ -49,13 +49,12 @@ class Row:
     case: Case
     status: str  # 'ok' or the reason
     error: float | None = None  # relative, of the logits or the loss
-    memory_mb: float | None = None  # training, memory: the most that was in use, MiB
+    memory_mb: float | None = None  # training: the most that was in use, MiB
     samples_ms: list[float] = dataclasses.field(default_factory=list)
     roofline_ms: float | None = None
     work: Work | None = None
     params: int = 0  # of the model as it is trained
-    device_ms: list[float] = dataclasses.field(default_factory=list)  # of the same iterations, by CUDA events
-    kept_mb: float | None = None  # memory: what autograd keeps for the backward pass, MiB per image
+    kept_mb: float | None = None  # training: what autograd keeps for the backward pass, MiB per image
     gpu_state: dict[str, str] | None = None  # right after the last round
 
 
@@ -68,7 +67,7 @@ class Settings:
     fused: tuple[bool, ...]
     dtypes: tuple[str, ...]
     memory_formats: tuple[str, ...]
-    batch_size: int  # throughput: where the sweep ends
+    batch_sizes: tuple[int, ...]
     threads: int
     rounds: int
     iterations: int  # per round
@@ -77,16 +76,21 @@ class Settings:
     copy_mb: int
     warm_up_s: float
     smoke: bool
-    batch_sizes: tuple[int, ...] = ()  # throughput: these, in place of a sweep
     minutes: float | None = None  # after which no case is built any more
 
-    def cases(self, batch_size: int) -> Iterator[Case]:
+    def cases(self) -> Iterator[Case]:
         """Every combination, but one memory format for what chooses its own."""
-        for name, runtime, fused, dtype, memory_format in itertools.product(
-                self.models, self.runtimes, self.fused, self.dtypes, self.memory_formats):
+        for batch_size, name, runtime, fused, dtype, memory_format in itertools.product(
+                self.batch_sizes, self.models, self.runtimes, self.fused, self.dtypes, self.memory_formats):
             if runtime in ('onnxruntime', 'openvino') and memory_format != self.memory_formats[0]:
                 continue
             yield Case(name, self.img_size or find(name).img_size, runtime, fused, dtype, memory_format, batch_size)
+
+    def groups(self) -> list[list[Case]]:
+        """Cases that are built and timed together: of one batch size, and on a GPU of one model."""
+        on_cpu = torch.device(self.device).type == 'cpu'
+        key = lambda case: (case.batch_size, on_cpu or case.model)  # noqa: E731
+        return [list(group) for _, group in itertools.groupby(self.cases(), key)]
 
 
 def measure(settings: Settings, log: Callable[[str], None] = print) -> tuple[list[Row], Peak]:
@@ -105,90 +109,43 @@ def measure(settings: Settings, log: Callable[[str], None] = print) -> tuple[lis
     peaks['copy'] = Copy(settings.copy_mb * 2 ** 20, settings.device)
     peak_samples: dict[Any, list[float]] = {key: [] for key in peaks}
     rows: list[Row] = []
-    for cases in groups(settings, rows):
+    for cases in settings.groups():
         forwards: dict[Any, Forward] = {}
         for case, forward, row in built(cases, settings, deadline):
             log(f'{describe(case)}: {row.status}')
             rows.append(row)
             if forward and row.status == 'ok':
                 forwards[case] = forward
-        if settings.mode != 'memory':
-            log(f'timing {len(forwards)} cases, {settings.rounds} rounds of {settings.iterations} iterations')
+        log(f'timing {len(forwards)} cases, {settings.rounds} rounds of {settings.iterations} iterations')
         samples = interleave({**peaks, **forwards}, settings)
         state = gpu_state(settings.device)
         for key in peaks:
-            peak_samples[key] += [on_device or wall for wall, on_device in samples[key]]
+            peak_samples[key] += samples[key]
         for row in rows:
             if row.case in forwards:
-                row.samples_ms = [wall for wall, _ in samples[row.case]]
-                row.device_ms = [on_device for _, on_device in samples[row.case] if on_device is not None]
-                row.gpu_state = state
+                row.samples_ms, row.gpu_state = samples[row.case], state
         del forwards
         torch.compiler.reset()
         gc.collect()
         release()
 
-    peak = peak_from(peak_samples, settings)
+    # of each dtype the fastest matmul; and the copy, which reads and writes each byte
+    seconds = {key: 1e-3 * statistics.median(samples) for key, samples in peak_samples.items()}
+    bandwidth = 2 * settings.copy_mb * 2 ** 20 / seconds.pop('copy')
+    peak = Peak({
+        dtype: max(settings.matmul_size ** 3 / s for (_, d, _), s in seconds.items() if d == dtype)
+        for dtype in settings.dtypes
+    }, bandwidth)
     for row in rows:
         if row.work is not None:
             row.roofline_ms = peak.roofline_ms(row.work, row.case.batch_size, row.case.dtype)
     return rows, peak
 
 
-def peak_from(samples_ms: dict[Any, list[float]], settings: Settings) -> Peak:
-    """The fastest matmul of each dtype, and the copy, which reads and writes each byte."""
-    seconds = {key: 1e-3 * statistics.median(samples) for key, samples in samples_ms.items()}
-    bandwidth = 2 * settings.copy_mb * 2 ** 20 / seconds.pop('copy')
-    return Peak({
-        dtype: max(settings.matmul_size ** 3 / s for (_, d, _), s in seconds.items() if d == dtype)
-        for dtype in settings.dtypes
-    }, bandwidth)
-
-
-def groups(settings: Settings, rows: list[Row]) -> Iterator[list[Case]]:
-    """The cases that are built and timed together: all of them on a CPU, those of one model on a GPU.
-
-    A throughput sweep doubles the batch until a case slows down or fails.
-    """
-    if settings.mode != 'throughput':
-        yield from together(settings.cases(settings.batch_size), settings)
-        return
-    if settings.batch_sizes:
-        for batch_size in settings.batch_sizes:
-            yield from together(settings.cases(batch_size), settings)
-        return
-    for cases in together(settings.cases(1), settings):
-        while cases:
-            yield cases
-            batch_size = 2 * cases[0].batch_size
-            cases = [
-                dataclasses.replace(case, batch_size=batch_size) for case in cases
-                if batch_size <= settings.batch_size and not past_its_best(case, rows)
-            ]
-
-
-def together(cases: Iterator[Case], settings: Settings) -> Iterator[list[Case]]:
-    """A GPU holds one model at a time, and its memory is free again before the next."""
-    if torch.device(settings.device).type == 'cpu':
-        yield list(cases)
-        return
-    for _, group in itertools.groupby(cases, key=lambda case: case.model):
-        yield list(group)
-
-
-def past_its_best(case: Case, rows: list[Row]) -> bool:
-    """Whether the last step of a sweep failed, or was slower than one before it."""
-    sweep = [row for row in rows if dataclasses.replace(row.case, batch_size=case.batch_size) == case]
-    if sweep[-1].status != 'ok':
-        return True
-    rates = [row.case.batch_size / statistics.median(row.samples_ms) for row in sweep]
-    return rates[-1] < max(rates)
-
-
 def built(
         cases: Sequence[Case], settings: Settings, deadline: float) -> Iterator[tuple[Case, Forward | None, Row]]:
     """Build and check each case; the ones of one model share its weights."""
-    training = settings.mode in ('training', 'memory')
+    training = settings.mode == 'training'
     for (name, img_size), group in itertools.groupby(cases, key=lambda case: (case.model, case.img_size)):
         if time.monotonic() > deadline:
             yield from ((case, None, Row(case, TIME_IS_UP)) for case in group)
@@ -204,19 +161,15 @@ def built(
             forward = None
             try:
                 if time.monotonic() > deadline:
-                    raise TimeIsUp
+                    raise TimeoutError
                 x = torch.randn(case.batch_size, 3, img_size, img_size, device=settings.device)
                 if training:
-                    forward = training_step(net, x, case, row, settings)
+                    forward = training_step(net, x, case, row)
                 else:
                     forward = inference(net, fused if case.fused else net, x, case, settings, row)
             except Exception as e:  # whatever a runtime raises: it is what the row has to say
                 row.status = reason(e)
             yield case, forward, row
-
-
-class TimeIsUp(Exception):
-    pass
 
 
 def reference(net: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -250,8 +203,8 @@ def inference(
     return forward
 
 
-def training_step(net: nn.Module, x: torch.Tensor, case: Case, row: Row, settings: Settings) -> Forward | None:
-    """Forward, backward and AdamW step; None if only its memory is asked. Lower dtypes are autocast, as in train.py."""
+def training_step(net: nn.Module, x: torch.Tensor, case: Case, row: Row) -> Forward:
+    """Forward, backward and AdamW step, whose loss and memory are known. Lower dtypes are autocast, as in train.py."""
     if case.fused or case.runtime not in ('eager', 'compile'):
         raise Unsupported(f'no training {"of a fused model" if case.fused else "with " + case.runtime}')
     if case.dtype == 'tf32' and x.device.type != 'cuda':
@@ -261,13 +214,12 @@ def training_step(net: nn.Module, x: torch.Tensor, case: Case, row: Row, setting
     net.eval()
     set_arithmetic(case.dtype)
     step, loss, trained = prepare_training(case, x)
-    if settings.mode == 'memory':
-        row.kept_mb = kept_mb(loss, trained, len(x))
+    row.kept_mb = kept_mb(loss, trained, len(x))
     row.error = relative_error(loss(), expected)
     if not row.error <= TOLERANCE[case.dtype]:
         row.status = f'wrong loss: relative error {row.error:.1e}'
     row.memory_mb = peak_memory_mb(case, x.device)
-    return None if settings.mode == 'memory' else step
+    return step
 
 
 def kept_mb(loss: Forward, net: nn.Module, batch_size: int) -> float:
@@ -355,13 +307,13 @@ def resident_mb(field: str) -> float:
     return 0
 
 
-def interleave(forwards: dict[Any, Forward], settings: Settings) -> dict[Any, list[tuple[float, float | None]]]:
+def interleave(forwards: dict[Any, Forward], settings: Settings) -> dict[Any, list[float]]:
     """Time all of them in each round, so that a machine that slows down slows all of them.
 
     Returns:
-        Milliseconds of each iteration, between an idle device before and after, by the clock and by CUDA events.
+        Milliseconds of each iteration, between an idle device before and after.
     """
-    samples: dict[Any, list[tuple[float, float | None]]] = {key: [] for key in forwards}
+    samples: dict[Any, list[float]] = {key: [] for key in forwards}
     with torch.set_grad_enabled(settings.mode == 'training'), torch.compiler.set_stance('fail_on_recompile'):
         for key, forward in forwards.items():
             set_arithmetic(dtype_of(key))
@@ -386,19 +338,18 @@ def warm_up(forward: Forward, settings: Settings) -> None:
     end = time.perf_counter() + settings.warm_up_s
     best = float('inf')
     while time.perf_counter() < end:
-        times = [timed_ms(forward, settings.device)[0] for _ in range(3)]
+        times = [timed_ms(forward, settings.device) for _ in range(3)]
         if min(times) > 0.99 * best:
             break
         best = min(times)
 
 
-def timed_ms(forward: Forward, device: str) -> tuple[float, float | None]:
+def timed_ms(forward: Forward, device: str) -> float:
     synchronize(device)
     start = time.perf_counter()
-    with device_ms(device) as on_device:
-        forward()
+    forward()
     synchronize(device)
-    return 1e3 * (time.perf_counter() - start), on_device.value
+    return 1e3 * (time.perf_counter() - start)
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
@@ -409,7 +360,7 @@ def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
 def reason(error: Exception) -> str:
     """One line that says why a case has no times."""
     text = str(error) or type(error).__name__
-    if isinstance(error, TimeIsUp):
+    if isinstance(error, TimeoutError):
         return TIME_IS_UP
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
         return 'out of memory'

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from .gpu import set_arithmetic
+from .machine import set_arithmetic
 from .runtimes import DTYPES, RUNTIMES, Forward, Unsupported
 
 __all__ = ['Copy', 'Matmul', 'Peak', 'Work', 'matmul_forwards', 'measure_work']

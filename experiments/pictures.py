@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save_file
 
 from benchmarks.figure import draw
-from benchmarks.results import Results
+from benchmarks.report import Results
 from experiments.command import parser_for, run_command
 from gmnet_timm.cli.main import main
 from gmnet_timm.demo import PHOTOS

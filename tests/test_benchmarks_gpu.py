@@ -12,21 +12,20 @@ from torch import nn
 pytest.importorskip('onnxscript', reason="what benchmarks need is not installed: pip install 'gmnet-timm[bench]'")
 
 from benchmarks import __main__ as main
-from benchmarks import gpu
 from benchmarks import measure as measuring
-from benchmarks.measure import TOLERANCE, Case, Row, Settings, groups, measure, reference
+from benchmarks.machine import set_arithmetic
+from benchmarks.measure import TOLERANCE, Case, Row, Settings, measure, reference
 from benchmarks.models import Model, create
-from benchmarks.report import conditions, table
-from benchmarks.results import Results
+from benchmarks.report import Results, conditions, table
 from benchmarks.roofline import Peak, Work
 from benchmarks.runtimes import RUNTIMES, Unsupported
-from gmnet_timm.errors import MissingExtraError, UserError
+from gmnet_timm.errors import MissingExtraError
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = Settings(
     mode='throughput', models=('gmnet_s1', 'starnet_s1'), device='cuda', runtimes=('eager', 'cuda-graph'),
-    fused=(True,), dtypes=('tf32', 'bfloat16'), memory_formats=('channels_last',), batch_size=256, threads=1, rounds=2,
-    iterations=2, img_size=32, matmul_size=64, copy_mb=1, warm_up_s=0., smoke=False, batch_sizes=(1, 32, 256))
+    fused=(True,), dtypes=('tf32', 'bfloat16'), memory_formats=('channels_last',), batch_sizes=(1, 32, 256),
+    threads=1, rounds=2, iterations=2, img_size=32, matmul_size=64, copy_mb=1, warm_up_s=0., smoke=False)
 CASE = Case('gmnet_s1', 32, 'eager', True, 'float32', 'channels_last', 1)
 
 
@@ -67,14 +66,14 @@ def with_tf32(net, always=False):
 @pytest.fixture(autouse=True)
 def _arithmetic():
     yield
-    gpu.set_arithmetic('float32')
+    set_arithmetic('float32')
 
 
 @pytest.mark.parametrize('dtype, expected', [('float32', 'ieee'), ('tf32', 'tf32'), ('bfloat16', 'ieee')])
 def test_arithmetic_of_every_library(dtype, expected):
     for other in ('tf32', 'float32'):
-        gpu.set_arithmetic(other)
-        gpu.set_arithmetic(dtype)
+        set_arithmetic(other)
+        set_arithmetic(dtype)
         libraries = torch.backends.cuda.matmul, torch.backends.cudnn.conv, torch.backends.cudnn.rnn
         assert [library.fp32_precision for library in libraries] == 3 * [expected]
         torch.export.export(nn.Conv2d(3, 4, 1), (torch.randn(1, 3, 8, 8),))  # reads the older flags
@@ -117,12 +116,12 @@ def test_tensorrt(monkeypatch):
 
 
 def test_plan_holds_one_model_at_a_time():
-    plan = list(groups(SETTINGS, []))
+    plan = SETTINGS.groups()
     assert [(cases[0].batch_size, {case.model for case in cases}) for cases in plan] == [
         (1, {'gmnet_s1'}), (1, {'starnet_s1'}), (32, {'gmnet_s1'}), (32, {'starnet_s1'}),
         (256, {'gmnet_s1'}), (256, {'starnet_s1'})]
     assert all(len(cases) == 4 for cases in plan)  # both runtimes in both dtypes are timed against each other
-    on_cpu = list(groups(dataclasses.replace(SETTINGS, device='cpu'), []))
+    on_cpu = dataclasses.replace(SETTINGS, device='cpu').groups()
     assert [len(cases) for cases in on_cpu] == [8, 8, 8]
 
 
@@ -133,15 +132,14 @@ def test_time_is_up():
     assert {row.status for row in rows} == {'not run: the time given by --minutes was over'} and len(rows) == 4
 
 
-def test_report_of_a_gpu():
+def test_report_of_a_gpu(tmp_path):
     state = {'sm_mhz': '1980', 'memory_mhz': '2619', 'power_w': '640.5', 'temperature_c': '61',
              'throttle_reasons': '0x4'}
     rows = [
         Row(dataclasses.replace(CASE, dtype='bfloat16', batch_size=batch, runtime='compile-max'), 'ok',
-            samples_ms=[ms], roofline_ms=ms / 2, work=Work(10 ** 9, 1, 1), params=10 ** 6, device_ms=[ms / 2],
-            gpu_state=state)
+            samples_ms=[ms], roofline_ms=ms / 2, work=Work(10 ** 9, 1, 1), params=10 ** 6, gpu_state=state)
         for batch, ms in ((1, 1.), (256, 8.))]
-    settings = dataclasses.replace(SETTINGS, models=('gmnet_s1',), dtypes=('bfloat16',), batch_sizes=(1, 256))
+    settings = dict(dataclasses.asdict(SETTINGS), dtypes=('bfloat16',), batch_sizes=(1, 256))
     machine = {'cpu': 'a CPU', 'gpu': 'NVIDIA H100', 'versions': {}, 'python': '3', 'date': 'today',
                'allocator': 'default'}
     results = Results(machine, settings, 'command', Peak({'bfloat16': 4e14}, 3e12), rows)
@@ -149,7 +147,8 @@ def test_report_of_a_gpu():
     text = conditions(results)
     assert 'NVIDIA H100' in text and 'Images per second at batches of 1, 256' in text
     assert 'Clocks: 1980 to 1980 MHz, 640 to 640 W; throttle reasons seen: 0x4.' in text
-    assert results.record(rows[1])['device_ms'] == 4 and results.record(rows[1])['sm_mhz'] == '1980'
+    results.save(tmp_path / 'r.json')
+    assert ',1980,2619,640.5,61,0x4,' in (tmp_path / 'r.csv').read_text()
 
 
 def test_make_bench_gpu(monkeypatch):
@@ -160,18 +159,12 @@ def test_make_bench_gpu(monkeypatch):
     monkeypatch.setattr(main, 'resolve_device', lambda device: device)
     commands = [shlex.split(line)[3:] for line in lines if ' -m benchmarks ' in line]
     plans = [main.settings(main.parser().parse_args(command)) for command in commands]
-    assert {plan.mode for plan in plans} == {'latency', 'throughput', 'training', 'memory'}
+    assert {plan.mode for plan in plans} == {'latency', 'throughput', 'training'}
     assert all(plan.device == 'cuda' and not plan.smoke for plan in plans)
     assert all(plan.models[:1] == ('gmnet_s3',) or {f'gmnet_s{i}' for i in (1, 2, 3, 4)} <= set(plan.models)
                for plan in plans)
     tests = sum(int(seconds) for seconds in re.findall(r'timeout (\d+) ', run.stdout))
     assert sum(plan.minutes for plan in plans) + tests / 60 < 8
-
-
-def test_batch_sizes_are_for_throughput():
-    args = main.parser().parse_args(['run', 'latency', '--batch-sizes', '1', '2', '--device', 'cpu'])
-    with pytest.raises(UserError, match='--batch-sizes is for throughput: give --batch-size'):
-        main.settings(args)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
@@ -180,5 +173,5 @@ def test_cuda(runtime):
     settings = dataclasses.replace(
         SETTINGS, runtimes=(runtime,), dtypes=('float32', 'tf32', 'bfloat16'), batch_sizes=(2,), models=('gmnet_s1',))
     rows, peak = measure(settings, log=lambda line: None)
-    assert [row.status for row in rows] == 3 * ['ok'] and all(row.device_ms for row in rows)
+    assert [row.status for row in rows] == 3 * ['ok'] and all(row.samples_ms for row in rows)
     assert set(peak.compute_macs_per_s) == {'float32', 'tf32', 'bfloat16'}
