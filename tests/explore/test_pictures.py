@@ -160,15 +160,15 @@ def test_pictures_are_upright(tmp_path, orientation, suffix):
 def test_names_are_escaped(about):
     picture = about.open_picture('<img src=x>', lambda channels: about.images.read(0, channels))
     html = markup.cards(picture, shown_bands(5, 20), SplitOptions())
-    html += markup.changes(about, [[Change('low', 3, 0, 1, True)], []]) + markup.message('<script>')
-    html += markup.thumbnails(about.images, 0, 4, 3) + markup.command('<x>')
+    html += markup.changes(about, [[Change('low', 3, 0, 1)], []]) + markup.message('<script>')
+    html += markup.thumbnails(about.images, 4, 3) + markup.command('<x>')
     assert '&lt;b&gt;a' in html and '<b>a</b>' not in html and '<script' not in html and '<img src=x' not in html
 
 
 @pytest.mark.parametrize('found, text', [
     (None, 'looking at all whole radii'), ([], 'no change at any whole radius'),
-    ([Change('low', 9, 0, 1, True)], 'the only change'),
-    ([Change('low', 9, 0, 1, True), Change('low', 3, 1, 0, False)], 'and 1 more change beyond')])
+    ([Change('low', 9, 0, 1)], 'the only change'),
+    ([Change('low', 9, 0, 1), Change('low', 3, 1, 0)], 'and 1 more change beyond')])
 def test_the_page_says_where_answers_change(about, found, text):
     assert text in markup.changes(about, [found, []])
 

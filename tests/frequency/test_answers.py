@@ -52,28 +52,21 @@ def scan(model, kinds=('low', 'high')):
 def test_a_scan_finds_every_change():
     model = Tones(twice)
     points = scan(model)
-    found = answers.list_changes(points, 'low', LARGEST)
-    assert [(c.radius, c.before, c.after, c.is_first) for c in found] == [
-        (39, 0, 1, True), (35, 1, 0, False), (9, 0, 2, False)]
-
-
-def test_without_all_radii_a_change_is_not_called_the_first():
-    points = scan(Tones(twice), ['low'])
-    assert answers.list_changes(points, 'low', LARGEST)[0].is_first
-    missing = [p for p in points if p.radius != 42]
-    assert not answers.list_changes(missing, 'low', LARGEST)[0].is_first
+    found = answers.list_changes(points, 'low')
+    assert [(c.radius, c.before, c.after) for c in found] == [
+        (39, 0, 1), (35, 1, 0), (9, 0, 2)]
 
 
 def test_high_pass_images_lose_low_frequencies_first():
     model = Tones(once)
-    (change,) = answers.list_changes(scan(model), 'high', LARGEST)
-    assert change == answers.Change('high', 10, 0, 2, is_first=True)  # 9.9 is beyond 9, not beyond 10
+    (change,) = answers.list_changes(scan(model), 'high')
+    assert change == answers.Change('high', 10, 0, 2)  # 9.9 is beyond 9, not beyond 10
 
 
 def test_equal_answers_at_both_ends_are_no_proof():
     # 0 with everything and 0 with nothing, 1 between
     model = Tones(lambda high, middle, low: 1 if low and not high else 0)
-    assert [c.radius for c in answers.list_changes(scan(model), 'low', LARGEST)] == [39, 9]
+    assert [c.radius for c in answers.list_changes(scan(model), 'low')] == [39, 9]
 
 
 def test_a_scan_is_whole_and_keeps_the_confidence_in_the_first_answer():

@@ -76,12 +76,10 @@ def _answers(about: Exploration, number: int, band: Band, lines: Sequence[tuple[
     return f'{head}<ol data-model="{html.escape(label)}" data-band="{html.escape(str(band))}">{"".join(items)}</ol>'
 
 
-def thumbnails(images: Images, first: int, count: int, channels: int) -> str:
+def thumbnails(images: Images, count: int, channels: int) -> str:
     """Images to choose from, evenly spaced."""
     buttons = []
-    step = max(1, images.count // count)
-    for i in range(min(count, images.count)):
-        index = (i * images.count // min(count, images.count) + first % step) % images.count
+    for index in range(0, images.count, max(1, images.count // count))[:count]:
         try:
             image = images.read(index, channels)
         except Exception:  # a file that cannot be decoded has no thumbnail
@@ -91,8 +89,7 @@ def thumbnails(images: Images, first: int, count: int, channels: int) -> str:
             name = html.escape(images.name(index))
             buttons.append(
                 f'<button data-index="{index}" title="{name}"><img alt="{name}" src="{_png(image)}"></button>')
-    more = '<button data-more="1" title="other images of the data" aria-label="other images">›</button>'
-    return f'<div class="thumbnails">{"".join(buttons)}{more if images.count > count else ""}</div>'
+    return f'<div class="thumbnails">{"".join(buttons)}</div>'
 
 
 def chart(svg: str, marks: str = '', name: str = '') -> str:

@@ -26,7 +26,7 @@ from gmnet_timm.frequency.data import read_picture
 from gmnet_timm.frequency.reports import csv_text
 from gmnet_timm.frequency.signals import LayerSpectrum
 from gmnet_timm.frequency.spectra import layer_spectra, list_layers, strongest_channels
-from gmnet_timm.frequency.split import default_radii, largest_radius, radial_power_spectrum
+from gmnet_timm.frequency.split import default_radii, radial_power_spectrum
 
 __all__ = ['create_page', 'look_of_the_page']
 
@@ -34,7 +34,6 @@ _THUMBNAILS = 6
 _MAPS = 8  # channels that are drawn
 _BATCH_SIZE = 8  # parts per pass of the scan: short passes, so that a visitor does not wait long
 _KINDS = ('gate', 'activation', 'module')  # of layers, what the page is about first
-_SECONDS = 1.  # between two drawings of a chart that grows
 _SESSION_SECONDS = 3600
 _CACHE_SECONDS = (60, 600)  # Gradio removes an upload that is older than the second, and looks every first
 _DOWNLOAD = '''(files) => {
@@ -61,7 +60,6 @@ class Session:
         self.points: list[list[ScanPoint]] = []
         self.layer: LayerSpectrum | None = None
         self.layer_figures: list[Any] = []
-        self.first = 0  # of the thumbnails
 
 
 with mock.patch('gradio.component_meta.create_or_modify_pyi'):  # writes a file beside the source of a component
@@ -132,10 +130,10 @@ class _Page:
             fn, list(inputs), list(outputs), api_visibility='private',
             **{'show_progress': 'hidden', 'trigger_mode': 'always_last', **kwargs})
 
-    def _save_button(self, label: str, name: str, fn: Any, inputs: Sequence[Any]) -> None:
+    def _save_button(self, name: str, fn: Any, inputs: Sequence[Any]) -> None:
         """A button that hands the files of `fn` to the browser, without one on this machine."""
         files = gr.JSON(visible=False)
-        button = gr.Button(label, size='sm', scale=0, elem_id=name)
+        button = gr.Button('Save figures (SVG) and numbers (CSV)', size='sm', scale=0, elem_id=name)
         self._on(button.click, fn, inputs, [files]).then(None, [files], js=_DOWNLOAD)
 
     # --- image -------------------------------------------------------------------------------------------------------
@@ -171,9 +169,7 @@ class _Page:
                     self.command = gr.HTML(elem_id='command')
                     options: list[Any] = [self.keep_dc, self.contrast, self.space]
                     self.view = [self.session, self.radius, self.other, *options]
-                    self._save_button('Pictures (SVG)', 'save-pictures', self.save_pictures, self.view)
-                    self._save_button('Charts (SVG)', 'save-charts', self.save_charts, self.view)
-                    self._save_button('Numbers (CSV)', 'save-numbers', self.save_numbers, self.view)
+                    self._save_button('save', self.save, self.view)
         self.moved = [self.cards, self.marks, self.command]
         # A number that is typed beside a slider can be out of range: it is corrected in the browser, before it is sent.
         inside = f'(x) => Math.min({largest}, Math.max(0, Math.round(x ?? 0)))'
@@ -188,8 +184,7 @@ class _Page:
         self._scan_after(self._on(self.file.upload, self.upload, [self.file, *self.view], [self.file, *opened]))
         self._on(self.changes.select, self.jump, self.view, [self.radius, *self.moved], queue=False)
         if about.images is not None and about.images.count:
-            self._scan_after(self._on(
-                self.thumbnails.select, self.choose, self.view, [self.thumbnails, *opened]))
+            self._scan_after(self._on(self.thumbnails.select, self.choose, self.view, opened))
             self._scan_after(self._on(self.blocks.load, self.start, self.view, [self.thumbnails, *opened]))
 
     def _scan_after(self, event: Any) -> None:
@@ -251,23 +246,17 @@ class _Page:
 
     def start(self, session, *view: Any) -> tuple[Any, ...]:
         """The page was opened: show the first of the images."""
-        return self.thumbnails_of(session), *self._open_nth(session, 0, *view)
+        return markup.thumbnails(self.images, _THUMBNAILS, self.about.models[0].channels), *self._open_nth(
+            session, 0, *view)
 
     def choose(self, session, radius, other, keep_dc, contrast, space, event: gr.EventData) -> tuple[Any, ...]:
         """A thumbnail was clicked."""
-        if _event_data(event).get('more'):
-            session.first += 1
-            return self.thumbnails_of(session), *[gr.skip()] * 7
         index = _event_number(event, 'index', self.images.count - 1)
-        return gr.skip(), *self._open_nth(session, index, radius, other, keep_dc, contrast, space)
+        return self._open_nth(session, index, radius, other, keep_dc, contrast, space)
 
     def _open_nth(self, session: Session, index: int, *view: Any) -> tuple[Any, ...]:
         return self.open(
             session, self.images.name(index), lambda channels: self.images.read(index, channels), *view)
-
-    def thumbnails_of(self, session: Session) -> str:
-        """Some of the images."""
-        return markup.thumbnails(self.images, session.first, _THUMBNAILS, self.about.models[0].channels)
 
     def jump(self, session, radius, other, keep_dc, contrast, space, event: gr.EventData) -> tuple[Any, ...]:
         """A change of the answer was clicked: go to its radius."""
@@ -282,69 +271,50 @@ class _Page:
             return
         session.scans += 1
         this = session.scans
-        found: list[list[Change] | None] = [None for _ in about.models]
         points: list[list[ScanPoint]] = [[] for _ in about.models]
         session.points = points
+        found: list[list[Change] | None] = [None for _ in about.models]
         yield gr.skip(), markup.changes(about, found)
         for i, model in enumerate(about.models):
             scan = scan_radii(model.loaded.model, picture.split(i, options), batch_size=_BATCH_SIZE)
-            drawn = time.monotonic()
             while (some := self._next(scan)) is not None:
                 if session.scans != this:  # of another picture or with other options
                     return
                 points[i] += some
-                if time.monotonic() - drawn > _SECONDS:
-                    drawn = time.monotonic()
-                    yield markup.scan_charts(picture, points), gr.skip()
                 time.sleep(.01)  # whoever moves a slider takes the lock now
-            largest = largest_radius(model.config['input_size'])
-            found[i] = [change for kind in ('low', 'high') for change in list_changes(points[i], kind, largest)]
+            found[i] = [change for kind in ('low', 'high') for change in list_changes(points[i], kind)]
             yield markup.scan_charts(picture, points), markup.changes(about, found)
 
     def _next(self, scan: Iterator[Any]) -> Any:
         with self.about.lock, _shown_errors():
             return next(scan, None)
 
-    # --- saving ------------------------------------------------------------------------------------------------------
-
-    def save_pictures(self, session, *view: Any) -> list[dict[str, str]]:
-        """The parts of the picture as figures, one per model, as `freq image` draws them."""
+    def save(self, session, *view: Any) -> list[dict[str, str]]:
+        """The parts, the spectrum and the confidence by radius as figures and as tables, as far as they are known."""
         radius, other, options = self._checked(*view)
-        picture, bands = session.picture, shown_bands(radius, other)
+        picture, about, bands = session.picture, self.about, shown_bands(radius, other)
         if picture is None:
             return []
-        found = []
-        for i, model in enumerate(self.about.models):
+        name, stem = Path(picture.name).name, Path(picture.name).stem
+        raw = picture.pixels(0, Band('raw'), SplitOptions())
+        spectrum = radial_power_spectrum(raw).mean(0).tolist()
+        found = [
+            _csv(f'{stem}-answers', picture.rows(bands, options)),
+            _csv(f'{stem}-spectrum', [dict(radius=k, power=power) for k, power in enumerate(spectrum)]),
+            _svg(f'{stem}-spectrum', figures.draw_image_spectrum(raw, name)),
+        ]
+        for i, model in enumerate(about.models):
             parts = [(band, picture.pixels(i, band, options)) for band in bands]
-            title = f'{model.label}: {Path(picture.name).name}, radii in cycles per image'
+            title = f'{model.label}: {name}, radii in cycles per image'
             figure = figures.draw_image_panel(parts, picture.answers(i, bands, options), title)
-            found.append(_svg(f'{Path(picture.name).stem}-{model.label}', figure))
+            found.append(_svg(f'{stem}-{model.label}', figure))
+        scanned = {model.label: points for model, points in zip(about.models, session.points) if points}
+        if scanned:
+            rows = [dict(model=label, picture=picture.name, **point.as_row())
+                    for label, points in scanned.items() for point in points]
+            found.append(_csv(f'{stem}-radii', rows))
+            found.append(_svg(f'{stem}-radii', figures.draw_scan(scanned, about.largest_radius, name)))
         return found
-
-    def save_charts(self, session, *_: Any) -> list[dict[str, str]]:
-        """The spectrum of the picture, and the confidence by radius as far as it is known."""
-        if session.picture is None:
-            return []
-        stem, title = Path(session.picture.name).stem, Path(session.picture.name).name
-        found = [_svg(f'{stem}-spectrum', figures.draw_image_spectrum(
-            session.picture.pixels(0, Band('raw'), SplitOptions()), title))]
-        points = {model.label: scan for model, scan in zip(self.about.models, session.points) if scan}
-        if points:
-            found.append(_svg(f'{stem}-radii', figures.draw_scan(points, self.about.largest_radius, title)))
-        return found
-
-    def save_numbers(self, session, *view: Any) -> list[dict[str, str]]:
-        """What the models say of the parts, and of all radii as far as it is known."""
-        radius, other, options = self._checked(*view)
-        if session.picture is None:
-            return []
-        stem = Path(session.picture.name).stem
-        found = [_csv(f'{stem}-answers', session.picture.rows(shown_bands(radius, other), options))]
-        spectrum = radial_power_spectrum(session.picture.pixels(0, Band('raw'), SplitOptions())).mean(0).tolist()
-        found.append(_csv(f'{stem}-spectrum', [dict(radius=k, power=power) for k, power in enumerate(spectrum)]))
-        rows = [dict(model=model.label, picture=session.picture.name, **point.as_row())
-                for model, points in zip(self.about.models, session.points) for point in points]
-        return [*found, _csv(f'{stem}-radii', rows)] if rows else found
 
     # --- inside ------------------------------------------------------------------------------------------------------
 
@@ -359,14 +329,12 @@ class _Page:
             self.layer_maps = gr.HTML(elem_id='layer-maps', min_width=300)
         with gr.Row(elem_classes='bottom'):
             self.layer_command = gr.HTML(elem_id='layer-command')
-            self._save_button('Figures (SVG)', 'save-layer', self.save_layer_figures, [self.session])
-            self._save_button('Numbers (CSV)', 'save-layer-numbers', self.save_layer_numbers, [self.session])
+            self._save_button('save-layer', self.save_layer, [self.session])
         inputs = [self.session, self.model, self.layer]
         outputs = [self.inside_message, self.layer_spectrum, self.layer_maps, self.layer_command]
-        self._on(tab.select, self.list_layers, [self.model, self.layer], [self.layer]).then(
-            self.look_inside, inputs, outputs, show_progress='minimal', api_visibility='private')
-        self._on(self.model.input, self.list_layers, [self.model, self.layer], [self.layer]).then(
-            self.look_inside, inputs, outputs, show_progress='minimal', api_visibility='private')
+        for event in (tab.select, self.model.input):
+            self._on(event, self.list_layers, [self.model, self.layer], [self.layer]).then(
+                self.look_inside, inputs, outputs, show_progress='minimal', api_visibility='private')
         self._on(self.layer.input, self.look_inside, inputs, outputs, show_progress='minimal')
 
     @functools.cache  # noqa: B019, the page lives as long as the process
@@ -421,17 +389,12 @@ class _Page:
         line = self.about.command('layers', model.spec, '--image', session.picture.name, *flag, '--channels', 'all')
         return markup.layer_summary(session.layer), *charts, markup.command(line)
 
-    def save_layer_figures(self, session) -> list[dict[str, str]]:
-        """The figures that are shown."""
-        names = ('spectra', 'maps')
-        return [] if session.layer is None else [
-            _svg(f'{session.layer.name}-{name}', figure) for name, figure in zip(names, session.layer_figures)]
-
-    def save_layer_numbers(self, session) -> list[dict[str, str]]:
-        """The spectra, and the summary of the layer."""
-        return [] if session.layer is None else [
-            _csv(f'{session.layer.name}-spectra', session.layer.as_rows()),
-            _csv(f'{session.layer.name}-summary', [session.layer.summary_row()])]
+    def save_layer(self, session) -> list[dict[str, str]]:
+        """The figures that are shown, the spectra, and the summary of the layer."""
+        layer = session.layer
+        return [] if layer is None else [
+            *(_svg(f'{layer.name}-{name}', figure) for name, figure in zip(('spectra', 'maps'), session.layer_figures)),
+            _csv(f'{layer.name}-spectra', layer.as_rows()), _csv(f'{layer.name}-summary', [layer.summary_row()])]
 
     def _number(self, label: str) -> int:
         labels = [model.label for model in self.about.models]
@@ -453,13 +416,9 @@ def _shown_errors() -> Iterator[None]:
         raise _refused(str(e)) from None
 
 
-def _event_data(event: gr.EventData) -> dict[str, Any]:
-    return event._data if isinstance(event._data, dict) else {}
-
-
 def _event_number(event: gr.EventData, name: str, largest: int) -> int:
     """A whole number from 0 to `largest` that a button sends."""
-    text = str(_event_data(event).get(name))
+    text = str(event._data.get(name)) if isinstance(event._data, dict) else ''
     if not (text.isdecimal() and len(text) < 10 and int(text) <= largest):
         raise _refused('There is no such choice.')
     return int(text)

@@ -51,14 +51,12 @@ class Change:
         radius: The first radius with the new answer, in cycles per image.
         before: Class that was the likeliest one until then.
         after: Class that is the likeliest one at this radius.
-        is_first: True where the answers at all radii before are known, and are that to the whole image.
     """
 
     kind: str
     radius: int
     before: int
     after: int
-    is_first: bool
 
 
 def confidences(model: nn.Module, split: BandSplit, bands: Sequence[Band]) -> torch.Tensor:
@@ -126,27 +124,17 @@ def scan_radii(
         ]
 
 
-def list_changes(points: Iterable[ScanPoint], kind: str, largest: int) -> list[Change]:
+def list_changes(points: Iterable[ScanPoint], kind: str) -> list[Change]:
     """Every change of the answer, on the way from the whole image to nothing.
 
     Args:
-        points: From `scan_radii`, all or those of the first passes.
+        points: All that `scan_radii` has found.
         kind: 'low' or 'high'.
-        largest: Largest radius that was scanned, `split.largest_radius`.
     """
-    points = list(points)
-    known = {point.radius: point.answer for point in points if point.kind == kind}
-    last = next(point.answer for point in points if point.kind == 'raw')
-    changes: list[Change] = []
-    is_first = True
-    for radius in range(largest, -1, -1) if kind == 'low' else range(largest + 1):
-        if radius not in known:
-            is_first = False  # from here on, one may have been missed
-            continue
-        if known[radius] != last:
-            changes.append(Change(kind, radius, last, known[radius], is_first))
-            last, is_first = known[radius], False
-    return changes
+    way = [point for point in points if point.kind in ('raw', kind)]  # in this order
+    return [
+        Change(kind, point.radius, before.answer, point.answer)
+        for before, point in itertools.pairwise(way) if point.radius is not None and point.answer != before.answer]
 
 
 def _from_whole_to_nothing(kind: str, split: BandSplit) -> list[Band]:
