@@ -1,18 +1,22 @@
 """Every example of the README and of docs/ is run as it is printed.
 
-In a document, blocks are run in order, ```python blocks that follow each other in one process, ```bash blocks each in a
-shell, in an empty folder that holds `photo.jpg`. A block after `<!-- not run: reason -->` is not run. The demo is
-shortened here: tests/test_demo.py runs the whole.
+In a document, blocks are run in order, ```python blocks that follow each other in one process, the lines of ```bash
+blocks in a shell or, if they only call `gmnet-timm`, in this process, which has imported torch already. They start in
+an empty folder that holds `photo.jpg`. A block after `<!-- not run: reason -->` is not run. The demo is shortened here:
+tests/test_demo.py runs the whole.
 """
 import itertools
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
+
+from gmnet_timm.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 # `make` and installing are what CI itself does before it comes here
@@ -54,13 +58,19 @@ def run(command, folder):
         pytest.mark.ecosystem, pytest.mark.skipif(
             not (3, 11) <= sys.version_info < (3, 14), reason='timmx is installed on Python 3.11 to 3.13')]),
 ])
-def test_examples(document, folder):
+def test_examples(document, folder, monkeypatch):
+    monkeypatch.chdir(folder)
     for language, code in parts(ROOT / document):
         if language == 'python':
             run([sys.executable, '-c', code], folder)
         else:
             code = re.sub('(gmnet-timm demo .*)', r'\1 --epochs 1 --patches 16', NOT_AGAIN.sub('', code))
-            run(['bash', '-euo', 'pipefail', '-c', code], folder)
+            for line in code.replace('\\\n', '').splitlines():
+                program, *arguments = shlex.split(line, comments=True) or ['']
+                if program == 'gmnet-timm' and '$' not in line:
+                    assert main(arguments) == 0, line
+                else:
+                    run(['bash', '-euo', 'pipefail', '-c', line], folder)
 
 
 DOCUMENTS = [*ROOT.glob('*.md'), *(ROOT / 'docs').rglob('*.md'), *(ROOT / 'experiments').rglob('*.md')]

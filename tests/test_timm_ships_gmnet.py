@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -36,21 +37,28 @@ def other_timm(tmp_path_factory):
 
 @pytest.fixture
 def run(other_timm, tmp_path):
-    """Python code, or commands of ours (separated by a semicolon), in a process that has the other timm."""
-    def call(commands='', code=None, status=0):
-        ours = 'import sys; from gmnet_timm.cli.main import main; sys.exit(max(main(a.split()) for a in sys.argv[1:]))'
-        command = [sys.executable, '-c', code or ours, *commands.split('; ')]
+    """Python code with `command('info FILE')` for our commands, in a process that has the other timm."""
+    def call(code):
         source = str(Path(gmnet_timm.gmnet.__file__).parents[1])
         env = {**os.environ, 'PYTHONPATH': f'{other_timm}:{source}', 'HF_HUB_OFFLINE': '1'}
-        result = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
-        assert result.returncode == status, result.stderr
+        result = subprocess.run(
+            [sys.executable, '-c', LOGITS + textwrap.dedent(code)], cwd=tmp_path, env=env, capture_output=True,
+            text=True, timeout=240)
+        assert result.returncode == 0, result.stderr
         return result.stdout + result.stderr
     return call
 
 
 LOGITS = '''
-import sys, timm, torch, warnings
+import sys, timm, torch
+from gmnet_timm.cli.main import main
 image = torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)
+
+def command(line):
+    assert main(line.split()) == 0, line
+
+def logits(file, name, **kwargs):
+    torch.save(timm.create_model(name, **kwargs).eval()(image).detach(), file)
 '''
 
 
@@ -60,7 +68,7 @@ def image():
 
 @pytest.mark.slow
 def test_names_are_timms(run):
-    said = run(code=LOGITS + "m = timm.create_model('gmnet_s2'); print(type(m).__module__, *list(m.state_dict())[7:8])")
+    said = run("m = timm.create_model('gmnet_s2'); print(type(m).__module__, *list(m.state_dict())[7:8])")
     assert 'timm.models.gmnet stages.0.0.conv.weight' in said
     assert said.count('timm ships gmnet_s1 itself') == 1
 
@@ -73,28 +81,40 @@ def test_files_of_both_schemes(run, tmp_path):
     expected = model(image())
     torch.save(model.state_dict(), tmp_path / 'authors.pth')
     kwargs = [f'{key}={value!r}' for key, value in TINY.items()]
-    assert 'gmnet_s1' in run('info authors.pth; convert authors.pth timm.safetensors; save authors.pth authors')
+    said = run(f"""
+        command('info authors.pth')
+        command('convert authors.pth timm.safetensors')
+        command('save authors.pth authors')
+        args = dict(num_classes=3, {', '.join(kwargs)})
+        logits('converted.pt', 'gmnet_s1', checkpoint_path='timm.safetensors', **args)
+        logits('saved.pt', 'local-dir:authors', pretrained=True)
+        own = timm.create_model('gmnet_s1', checkpoint_path='timm.safetensors', **args)
+        torch.save(own.state_dict(), 'own.pth')
+        command('info own.pth')
+        command('convert own.pth back.safetensors --layout authors')
+        command('save own.pth own')
+        logits('own.pt', 'local-dir:own', pretrained=True)
+    """)
+    assert said.count("create_model('gmnet_s1'") >= 2
     assert 'stages.0.0.conv.weight' in safetensors.torch.load_file(tmp_path / 'timm.safetensors')
-    run(code=LOGITS + f"m = timm.create_model('gmnet_s1', num_classes=3, {', '.join(kwargs)}, "
-                      "checkpoint_path='timm.safetensors').eval()\n"
-                      "torch.save(m(image).detach(), 'logits.pt'); torch.save(m.state_dict(), 'own.pth')")
-    assert torch.equal(torch.load(tmp_path / 'logits.pt'), expected)
-    assert 'gmnet_s1' in run('info own.pth; convert own.pth back.safetensors --layout authors; save own.pth own')
+    for file in ('converted.pt', 'saved.pt', 'own.pt'):
+        assert torch.equal(torch.load(tmp_path / file), expected), file
     back = safetensors.torch.load_file(tmp_path / 'back.safetensors')
     assert all(torch.equal(back[name], value) for name, value in model.state_dict().items())
-    for folder in ('authors', 'own'):
-        run(code=LOGITS + f"m = timm.create_model('local-dir:{folder}', pretrained=True).eval()\n"
-                          "torch.save(m(image).detach(), 'logits.pt')")
-        assert torch.equal(torch.load(tmp_path / 'logits.pt'), expected)
 
 
 @pytest.mark.slow
 def test_s2_goes_by_its_shapes(run, tmp_path):
     """timm's S2 has two thirds of our last stage, and `info` says which one a file is."""
-    run(code=LOGITS + "torch.save(timm.create_model('gmnet_s2').state_dict(), 'theirs.pth')")
     torch.save(create('gmnet_s2').state_dict(), tmp_path / 'ours.pth')
-    theirs = run('info theirs.pth; convert theirs.pth a.safetensors')
-    ours = run('info ours.pth; convert ours.pth b.safetensors')
+    theirs, ours = run("""
+        torch.save(timm.create_model('gmnet_s2').state_dict(), 'theirs.pth')
+        command('info theirs.pth')
+        command('convert theirs.pth a.safetensors')
+        print('----')
+        command('info ours.pth')
+        command('convert ours.pth b.safetensors')
+    """).split('----')
     assert "create_model('gmnet_s2'" in theirs and 'mlp_ratios' not in theirs.splitlines()[0]
     assert 'mlp_ratios' in ours
 
@@ -106,7 +126,7 @@ def test_other_commands(run, tmp_path):
     for name in 'abc':
         (tmp_path / 'data' / name).mkdir(parents=True)
         Image.effect_noise((80, 80), 60).convert('RGB').save(tmp_path / 'data' / name / '0.png')
-    run(code=LOGITS + "torch.save(timm.create_model('gmnet_s1', num_classes=3).state_dict(), 'weights.pth')")
+    run("torch.save(timm.create_model('gmnet_s1', num_classes=3).state_dict(), 'weights.pth')")
     folder = make_run(tmp_path / 'run', model_kwargs={})
     weights = torch.load(tmp_path / 'weights.pth', weights_only=True)
     for checkpoint, metric in (('model_best.pth.tar', 40.25), ('last.pth.tar', 30.125)):
@@ -114,9 +134,11 @@ def test_other_commands(run, tmp_path):
         torch.save({**content, 'state_dict': weights, 'metric': metric}, folder / checkpoint)
     assert weights.keys() != model.state_dict().keys()  # the names are timm's
     common = '--data-dir data --img-size 64 --workers 0 --no-figure'
-    said = run(
-        'push run you/x --dry-run; verify x; predict run data/a/0.png; check-run run; '
-        f'freq layers run {common}; freq amplitude run {common}; freq eval run --radii 4 {common}')
+    said = run(f"""
+        for line in ('push run you/x --dry-run', 'verify x', 'predict run data/a/0.png', 'check-run run',
+                     'freq layers run {common}', 'freq amplitude run {common}', 'freq eval run --radii 4 {common}'):
+            command(line)
+    """)
     assert 'FAILED' not in said and 'nothing was sent' in said
     for part in ('class ', "timm.create_model('gmnet_s1'", '16 gates', '20 blocks', 'top-1 % (95 %)'):
         assert part in said, part

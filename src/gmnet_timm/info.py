@@ -3,12 +3,11 @@ import dataclasses
 
 import torch
 from timm.models import PretrainedCfg, create_model, get_pretrained_cfg
-from torch.utils.flop_counter import FlopCounterMode
 
 from gmnet_timm.weights.model import Source
 
 __all__ = [
-    'BIBTEX', 'PAPER', 'ModelInfo', 'PaperResult', 'count_activations', 'count_macs', 'format_model', 'format_source',
+    'BIBTEX', 'PAPER', 'ModelInfo', 'PaperResult', 'count_cost', 'format_model', 'format_source',
     'format_table', 'model_info',
 ]
 
@@ -54,37 +53,28 @@ class ModelInfo:
     paper: PaperResult | None
 
 
-def count_macs(model: torch.nn.Module, input_size: tuple[int, int, int]) -> int:
-    """Multiply-adds of the convolutions and linear layers for one image, as counted by torch's own flop counter.
+def count_cost(model: torch.nn.Module, input_size: tuple[int, int, int]) -> tuple[int, int]:
+    """Multiply-adds of the convolutions and linear layers for one image, and their outputs (timm: activations).
 
     Args:
         model: A model on any device, the meta device included.
         input_size: Channels, height and width of the image.
     """
-    parameter = next(model.parameters())
-    image = torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype)
-    training = model.training
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(image)
+    macs, outputs = [], []
+
+    def count(module: torch.nn.Module, _: tuple, output: torch.Tensor) -> None:
+        outputs.append(output.numel())
+        macs.append(output.numel() * module.weight[0].numel())  # type: ignore[index, operator]
+
+    layers = [module for module in model.modules() if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear))]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    parameter, training = next(model.parameters()), model.training
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, *input_size, device=parameter.device, dtype=parameter.dtype))
     model.train(training)
-    return counter.get_total_flops() // 2  # torch counts a multiply-add as two
-
-
-def count_activations(model: torch.nn.Module, input_size: tuple[int, int, int]) -> int:
-    """Outputs of the convolutions and linear layers for one image, which timm calls activations.
-
-    Args:
-        model: A model on the meta device.
-        input_size: Channels, height and width of the image.
-    """
-    counts: list[int] = []
-    hooks = [
-        module.register_forward_hook(lambda module, args, output: counts.append(output.numel()))
-        for module in model.modules() if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear))]
-    model.eval()(torch.zeros(1, *input_size, device='meta'))
     for hook in hooks:
         hook.remove()
-    return sum(counts)
+    return sum(macs), sum(outputs)
 
 
 def model_info(name: str) -> ModelInfo:
@@ -93,13 +83,13 @@ def model_info(name: str) -> ModelInfo:
     Raises:
         RuntimeError: timm knows no model of that name.
     """
-    model = create_model(name, device='meta')
+    model = create_model(name)
     cfg = _pretrained_cfg(name)
     input_size = cfg.input_size
     return ModelInfo(
         name=name,
         params=sum(p.numel() for p in model.parameters()),
-        macs=count_macs(model, input_size),
+        macs=count_cost(model, input_size)[0],
         input_size=input_size,
         weights=f'hf-hub:{cfg.hf_hub_id}' if cfg.hf_hub_id else str(cfg.url or '') or None,
         paper=PAPER.get(name.split('.')[0]),

@@ -7,13 +7,13 @@ from conftest import SIZES, create
 
 from gmnet_timm import __version__
 from gmnet_timm.cli import main as cli
-from gmnet_timm.info import PAPER, count_macs, model_info
+from gmnet_timm.info import PAPER, count_cost, model_info
 
 
-def test_count_macs_of_a_convolution_and_a_linear_layer():
+def test_cost_of_a_convolution_and_a_linear_layer():
     model = torch.nn.Sequential(
         torch.nn.Conv2d(3, 8, 5, stride=2, groups=1), torch.nn.Flatten(), torch.nn.Linear(8 * 6 * 6, 10)).train()
-    assert count_macs(model, (3, 15, 15)) == 8 * 6 * 6 * 3 * 5 * 5 + 8 * 6 * 6 * 10
+    assert count_cost(model, (3, 15, 15))[0] == 8 * 6 * 6 * 3 * 5 * 5 + 8 * 6 * 6 * 10
     assert model.training
 
 

@@ -13,7 +13,7 @@ from gmnet_timm.frequency.tracing import trace, watch_modules
 TABLE = """
 beit_base_patch16_224@64: 12, halonet_h1@256: 19, test_byobnet@64: 4, cait_xxs24_224@64: 22+2, coat_tiny@64: 14,
 convit_tiny@64: 12, convmixer_768_32@64: 32, test_convnext@64: 9, cpubone_nano@64: 7, crossvit_tiny_240@240: 6+18,
-csatv2@128: 18, cs3darknet_focus_s@64: 9, cspnext_tiny@64: 4, davit_tiny@64: 6, deepseek_vit_412m@224: 32,
+csatv2@128: 18, cs3darknet_focus_s@64: 9, cspnext_tiny@64: 4, davit_tiny@64: 6, deepseek_vit_412m@112: 32,
 deit_tiny_patch16_224@64: 12, densenet121@64: 58, dla46x_c@64: 8, dpn48b@64: 17, edgenext_xx_small@64: 12,
 efficientformer_l1@224: 15, efficientformerv2_s0@64: 14, test_efficientnet@64: 5, efficientvim_m1@96: 6,
 efficientvit_b0@64: 10, efficientvit_m0@96: 6, vit_tiny_patch16_dinov3_qkvb@64: 12, fasternet_t0@64: 13,

@@ -1,5 +1,4 @@
 """The model card of a published repository: only what is known, and where it is known from."""
-import copy
 import html
 import re
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from gmnet_timm.errors import printable
 from gmnet_timm.hub.publication import Metric, Publication
 from gmnet_timm.hub.usage import usage
-from gmnet_timm.info import BIBTEX, PAPER, count_activations, count_macs
+from gmnet_timm.info import BIBTEX, PAPER, count_cost
 from gmnet_timm.weights.description import ModelDescription
 
 __all__ = ['model_card']
@@ -95,15 +94,15 @@ def _description(publication: Publication) -> str:
 
 
 def _facts(publication: Publication, model: Any) -> str:
-    source = publication.source
-    model, config = copy.deepcopy(model).to('meta'), source.data_config  # where counting costs nothing
+    source, config = publication.source, publication.source.data_config
+    macs, activations = count_cost(model, config['input_size'])
     args = source.description.full_args
     params = sum(parameter.numel() for parameter in model.parameters())
     rows = {
         'Type': 'image classification, backbone for other tasks',
         'Parameters (M)': f'{params / 1e6:.4g}',
-        'GMACs': f'{count_macs(model, config["input_size"]) / 1e9:.3g} (convolutions and linear layers, one image)',
-        'Activations (M)': f'{count_activations(model, config["input_size"]) / 1e6:.3g} (outputs of the same layers)',
+        'GMACs': f'{macs / 1e9:.3g} (convolutions and linear layers, one image)',
+        'Activations (M)': f'{activations / 1e6:.3g} (outputs of the same layers)',
         'Image size': f'train = {_train_size(publication.recipe)}, test = {_size(config["input_size"])}',
         'Channels': str(config['input_size'][0]),
         'Preprocessing': (
