@@ -247,7 +247,7 @@ def test_all_imports_in_two_threads_without_the_entry_point(slow_folder):
 
 @pytest.mark.parametrize('first, second, delay', [
     (WHOLE[0], 'from timm.data import create_transform', 0.1),
-    (WHOLE[0], WHOLE[1], 0.1),
+    pytest.param(WHOLE[0], WHOLE[1], 0.1, marks=pytest.mark.slow),
     *(pytest.param(*pair, delay, marks=pytest.mark.slow) for pair, delay in zip(
         zip(itertools.cycle(WHOLE[:3]), [*WHOLE[3:5], *PARTS, *WHOLE[:2]]), itertools.cycle([0, 0.1, 0.5, 1.2, 2]))),
 ])
