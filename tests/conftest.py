@@ -41,6 +41,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.path.parent.name == 'ecosystem':
             item.add_marker('ecosystem')
+    # what may take minutes comes first, so that no process is left alone with it in the end
+    items.sort(key=lambda item: -max((mark.args[0] for mark in item.iter_markers('timeout')), default=0))
 
 
 def as_features(model: torch.nn.Module) -> dict:

@@ -52,7 +52,7 @@ def test_a_known_filter_adds_its_log_gain():
     torch.testing.assert_close((blurred.curve - plain.curve)[usable], gain.log()[usable], rtol=1e-2, atol=1e-3)
     assert (plain.depth, blurred.depth) == (0, 1) and plain.images == 4
     assert blurred.high < plain.high - 2
-    low, high = blurred.interval()
+    _, low, high = blurred.interval()
     assert (low[1:] < blurred.curve[1:]).all() and (blurred.curve[1:] < high[1:]).all() and low[0] == high[0] == 0
 
 

@@ -2,7 +2,6 @@
 import argparse
 import math
 from pathlib import Path
-from typing import Any
 
 from gmnet_timm.cli.frequency_options import (
     Machine,
@@ -127,12 +126,9 @@ def _run_amplitude(args: argparse.Namespace) -> None:
     check_output(args, 'amplitude.csv', figures=['amplitude'])
     with Machine(args) as machine:
         models = [load(spec, args) for spec in args.models]
-        found = {}
-        for label, model in zip(labels_of(models), models, strict=True):
-            with machine.holding(model) as network:
-                found[label] = log_amplitudes(
-                    network, band_loader(args, model, machine, labels=False), args.modules, layout=args.layout,
-                    show_progress=True)
+        found = machine.of_each(models, lambda model: log_amplitudes(
+            model.model, band_loader(args, model, machine, labels=False), args.modules, layout=args.layout,
+            show_progress=True))
         if machine.rank:
             return
     rows = [dict(model=label, **row) for label, layers in found.items() for layer in layers for row in layer.as_rows()]
@@ -177,13 +173,10 @@ def _run_heatmap(args: argparse.Namespace) -> None:
     table = args.output / 'heatmap.csv'
     with Machine(args) as machine:
         models = [load(spec, args) for spec in args.models]
-        found: dict[str, Any] = {}
-        for label, model in zip(labels_of(models), models, strict=True):
-            with machine.holding(model):
-                found[label] = run_heatmap(
-                    model, band_loader(args, model, machine), args.amplitudes, table, step=args.step,
-                    largest=args.largest, seed=args.seed, clip=args.clip, batch_size=args.batch_size,
-                    data=f'{args.dataset} {args.data_dir} {args.split or ""}')
+        found = machine.of_each(models, lambda model: run_heatmap(
+            model, band_loader(args, model, machine), args.amplitudes, table, step=args.step, largest=args.largest,
+            seed=args.seed, clip=args.clip, batch_size=args.batch_size,
+            data=f'{args.dataset} {args.data_dir} {args.split or ""}'))
         if machine.rank:
             return
     rows = [
@@ -222,12 +215,9 @@ def _run_sensitivity(args: argparse.Namespace) -> None:
     check_output(args, 'sensitivity.csv', figures=['sensitivity'])
     with Machine(args) as machine:
         models = [load(spec, args) for spec in args.models]
-        found = {}
-        for label, model in zip(labels_of(models), models, strict=True):
-            with machine.holding(model) as network:
-                found[label] = input_sensitivity(
-                    network, band_loader(args, model, machine), model.data_config['std'], target=args.target,
-                    window=args.window, show_progress=True)
+        found = machine.of_each(models, lambda model: input_sensitivity(
+            model.model, band_loader(args, model, machine), model.data_config['std'], target=args.target,
+            window=args.window, show_progress=True))
         if machine.rank:
             return
     write_csv(

@@ -257,6 +257,14 @@ class Machine:
         yield model.model.to(self.device)
         model.model.cpu()
 
+    def of_each(self, models, measure) -> dict[str, Any]:
+        """What `measure` makes of each model, on the device, by label."""
+        found = {}
+        for label, model in zip(labels_of(models), models, strict=True):
+            with self.holding(model):
+                found[label] = measure(model)
+        return found
+
     def __enter__(self) -> 'Machine':
         return self
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from gmnet_timm.errors import UserError
+from gmnet_timm.frequency.intervals import normal_interval
 from gmnet_timm.frequency.positions import Layout
 from gmnet_timm.frequency.processes import gathered, interleaved
 from gmnet_timm.frequency.progress import progress
@@ -48,14 +49,13 @@ class LogAmplitude:
         """Next to the corner: the number of the paper's figures by depth. NaN for maps without such a frequency."""
         return self.curve[-1].item() if self.curves.shape[1] > 1 else math.nan
 
-    def interval(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Bounds of the 95 % interval (normal) of the mean over images, each (points,); NaN for one image."""
-        half = 1.959964 * self.curves.std(0) / self.images ** .5 if self.images > 1 else torch.nan
-        return self.curve - half, self.curve + half
+    def interval(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Mean over images and the bounds of its 95 % interval, as of `normal_interval`, each (points,)."""
+        return normal_interval(self.curves)
 
     def as_rows(self) -> list[dict[str, Any]]:
         """One row per point of the half-diagonal for a CSV; a frequency of 1 is the corner."""
-        columns = zip(self.curve.tolist(), *(bound.tolist() for bound in self.interval()), strict=True)
+        columns = zip(*(values.tolist() for values in self.interval()), strict=True)
         return [
             dict(layer=self.name, depth=self.depth, height=self.size[0], width=self.size[1], images=self.images,
                  frequency=2 * i / min(self.size), relative_log_amplitude=value, low=low, high=high)

@@ -1,9 +1,11 @@
-"""Intervals of accuracies: over images, and over trainings."""
+"""Intervals of accuracies and of means: over images, and over trainings."""
 import math
 import statistics
 from collections.abc import Sequence
 
-__all__ = ['student_interval', 'wilson_interval']
+import torch
+
+__all__ = ['normal_interval', 'student_interval', 'wilson_interval']
 
 
 def wilson_interval(correct: int, count: int, z: float = 1.959964) -> tuple[float, float]:
@@ -33,4 +35,11 @@ def student_interval(values: Sequence[float]) -> tuple[float, float, float]:
     if len(values) == 1:
         return mean, math.nan, math.nan
     half = float(t.ppf(.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
+
+
+def normal_interval(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean over images of values (images, …), and the bounds of its normal 95 % interval, NaN for one image."""
+    mean = values.mean(0)
+    half = 1.959964 * values.std(0) / len(values) ** .5 if len(values) > 1 else torch.full_like(mean, math.nan)
     return mean, mean - half, mean + half

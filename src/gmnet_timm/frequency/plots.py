@@ -129,7 +129,7 @@ def plot_log_amplitude(models: Mapping[str, Sequence[LogAmplitude]], ax: Any = N
         style = LINES[i % len(LINES)]
         depth = [layer.depth for layer in layers]
         ax.plot(depth, [layer.high for layer in layers], label=label, markersize=4, **style)
-        low, high = zip(*((bound[-1].item() for bound in layer.interval()) for layer in layers), strict=True)
+        _, low, high = zip(*((values[-1].item() for values in layer.interval()) for layer in layers), strict=True)
         ax.fill_between(depth, low, high, color=style['color'], alpha=.15)
     ax.set_xlabel('depth (first to last block)')
     ax.set_ylabel('Δ log amplitude above noise')

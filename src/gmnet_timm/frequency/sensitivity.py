@@ -9,6 +9,7 @@ from torch import nn
 
 from gmnet_timm.errors import UserError
 from gmnet_timm.frequency.bands import check_labels, logits_of
+from gmnet_timm.frequency.intervals import normal_interval
 from gmnet_timm.frequency.processes import gathered, interleaved
 from gmnet_timm.frequency.progress import progress
 from gmnet_timm.frequency.split import modes_per_bin, radial_power_spectrum
@@ -36,16 +37,11 @@ class Sensitivity:
         return self.power.mean(0) / modes_per_bin(*self.size)
 
     def interval(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Mean over images of each bin's share of the power without the mean, and the bounds of its 95 % interval.
-
-        Bin 0 is NaN. The bounds are normal, and NaN for one image.
-        """
+        """Each bin's share of the power without the mean, as of `normal_interval`; bin 0 is NaN."""
         power = self.power.clone()
         power[:, 0] = torch.nan
         share = power / power.nansum(1, keepdim=True).clamp(min=1e-300)
-        mean = share.mean(0)
-        half = 1.959964 * share.std(0) / len(share) ** .5 if len(share) > 1 else torch.full_like(mean, torch.nan)
-        return mean, mean - half, mean + half
+        return normal_interval(share)
 
     def as_rows(self) -> list[dict[str, Any]]:
         """One row per radial bin for a CSV."""

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from gmnet_timm.frequency.intervals import normal_interval
 from gmnet_timm.frequency.split import (
     bin_power,
     high_frequency_energy,
@@ -132,10 +133,8 @@ class LayerSpectrum:
         """
         if self.before is None or self.after is None or self.before.size != self.after.size:
             return None
-        log = (self.after.power / self.before.power).log()
-        mean = log.mean(0)
-        half = 1.959964 * log.std(0) / len(log) ** .5 if len(log) > 1 else torch.full_like(mean, math.nan)
-        gain, low, high = (torch.where(x.isfinite(), x.exp(), math.nan) for x in (mean, mean - half, mean + half))
+        found = normal_interval((self.after.power / self.before.power).log())
+        gain, low, high = (torch.where(x.isfinite(), x.exp(), math.nan) for x in found)
         return gain, low, high
 
     def as_rows(self) -> list[dict[str, Any]]:
