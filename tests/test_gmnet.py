@@ -310,7 +310,7 @@ def test_features_only_negative_index():
     assert [f.shape[1:] for f in features] == [(160, 4, 4), (320, 2, 2)]
 
 
-@pytest.mark.parametrize('name', SIZES)
+@pytest.mark.parametrize('name', [SIZES[0], SIZES[-1]])
 def test_forward_intermediates_contract(name):
     """Intermediates are what leaves the stages, agree with feature_info, and end in forward_features."""
     model = create(name)
@@ -340,7 +340,7 @@ def test_forward_intermediates_contract(name):
         model.forward_intermediates(x, output_fmt='NLC')
 
 
-@pytest.mark.parametrize('name', SIZES)
+@pytest.mark.parametrize('name', [SIZES[0], SIZES[-1]])
 def test_prune_intermediate_layers_contract(name):
     """Pruned models give the same intermediates, end at the last one kept, keep no unused parameter and train."""
     model = create(name)
@@ -525,7 +525,7 @@ def test_deepcopy_and_pickle():
 # --- reparameterization ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('name', SIZES)
+@pytest.mark.parametrize('name', [SIZES[0], SIZES[-1]])
 def test_reparameterize(name):
     model = create(name).double()  # in float32 the order of sums alone makes 1e-6, by the processor
     x = torch.randn(2, 3, 96, 96).double()
