@@ -116,6 +116,8 @@ def measure(settings: Settings, log: Callable[[str], None] = print) -> tuple[lis
             rows.append(row)
             if forward and row.status == 'ok':
                 forwards[case] = forward
+        if not forwards and any(peak_samples.values()):  # the time is up: that of the peaks too
+            continue
         log(f'timing {len(forwards)} cases, {settings.rounds} rounds of {settings.iterations} iterations')
         samples = interleave({**peaks, **forwards}, settings)
         state = gpu_state(settings.device)

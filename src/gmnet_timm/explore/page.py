@@ -52,7 +52,7 @@ _ON_CLICK = '''element.addEventListener('click', (event) => {
 
 
 class Session:
-    """What one visitor looks at. It is forgotten when the tab is closed."""
+    """What one visitor looks at. It is forgotten an hour after its last picture was opened."""
 
     def __init__(self) -> None:
         self.picture: Picture | None = None
@@ -180,7 +180,7 @@ class _Page:
                 js=f'(s, r, o, ...options) => [s, ({inside})(r), ({inside})(o), ...options]')
         for option in options:
             self._scan_after(self._on(option.input, self.move, self.view, self.moved, queue=False))
-        opened = [self.message, *self.moved, self.spectrum, self.scan, self.changes]
+        opened = [self.session, self.message, *self.moved, self.spectrum, self.scan, self.changes]
         self._scan_after(self._on(self.file.upload, self.upload, [self.file, *self.view], [self.file, *opened]))
         self._on(self.changes.select, self.jump, self.view, [self.radius, *self.moved], queue=False)
         if about.images is not None and about.images.count:
@@ -224,23 +224,26 @@ class _Page:
         return markup.command('\n'.join(lines))
 
     def open(self, session: Session, name: str, read: Any, *view: Any) -> tuple[Any, ...]:
-        """Open a picture. What is wrong with it is said on the page, and the last one stays."""
+        """Open a picture. What is wrong with it is said on the page, and the last one stays.
+
+        The session is an output too: Gradio counts its time to live from when it last was one.
+        """
         self._checked(*view)
         try:
             with self.about.lock:
                 picture = self.about.open_picture(name, read)
                 spectrum = markup.spectrum_chart(picture)
         except UserError as e:
-            return markup.message(str(e)), *[gr.skip()] * 6
+            return session, markup.message(str(e)), *[gr.skip()] * 6
         session.picture, session.scans = picture, session.scans + 1
         session.points, session.layer = [], None
         note = f'{Path(picture.name).name}, {picture.size[0]}×{picture.size[1]} pixels'
-        return markup.message(note, 'note'), *self.move(session, *view), spectrum, '', ''
+        return session, markup.message(note, 'note'), *self.move(session, *view), spectrum, '', ''
 
     def upload(self, file, session, *view: Any) -> tuple[Any, ...]:
         """A visitor has sent a file."""
         if file is None:
-            return (gr.skip(),) * 8
+            return (gr.skip(),) * 9
         name, content = file
         return None, *self.open(session, name, lambda channels: read_picture(content, channels, name=name), *view)
 
