@@ -3,7 +3,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-from gmnet_timm.errors import MissingExtraError, UserError
+from gmnet_timm.errors import UserError, require
 from gmnet_timm.files import replacing
 
 from .models import find
@@ -27,13 +27,8 @@ def draw(results: Sequence[Results], path: Path) -> None:
     """
     if any(r.settings['smoke'] for r in results):
         raise UserError('A smoke run measures nothing: draw the figure from a full run.')
-    try:
-        import matplotlib
-        from adjustText import adjust_text
-    except ModuleNotFoundError as e:
-        raise MissingExtraError(e.name or 'matplotlib', 'bench') from e
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
+    plt, adjust_text = require('matplotlib.pyplot', 'bench'), require('adjustText', 'bench').adjust_text
+    plt.switch_backend('Agg')
     panels = []
     for r in results:
         times = latencies(r) if r.settings['mode'] == 'latency' else {}

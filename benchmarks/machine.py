@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 __all__ = [
-    'STATE', 'describe_machine', 'gpu_state', 'keep_freed_memory', 'release', 'set_arithmetic', 'slug', 'synchronize',
+    'STATE', 'describe_machine', 'gpu_state', 'keep_freed_memory', 'set_arithmetic', 'slug', 'synchronize',
 ]
 
 PACKAGES = ('torch', 'torchvision', 'timm', 'gmnet-timm', 'onnxruntime', 'onnxruntime-gpu', 'openvino', 'onnx', 'numpy',
@@ -106,12 +106,6 @@ def synchronize(device: str) -> None:
     """Wait for a device."""
     if torch.device(device).type != 'cpu':
         torch.accelerator.synchronize()
-
-
-def release() -> None:
-    """Give unused memory of the CUDA allocator back."""
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 def gpu_state(device: str) -> dict[str, str] | None:

@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import dataclasses
+import functools
 import gc
 import itertools
 import multiprocessing
@@ -13,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .machine import gpu_state, release, set_arithmetic, synchronize
+from .machine import gpu_state, set_arithmetic, synchronize
 from .models import create, find, fuse
-from .roofline import Copy, Peak, Work, matmul_forwards, measure_work
+from .roofline import Peak, Work, matmul_forwards, measure_work
 from .runtimes import DTYPES, RUNTIMES, Forward, Unsupported, compile_whole
 
 __all__ = ['Case', 'MEMORY_FORMATS', 'MODES', 'Row', 'Settings', 'measure']
@@ -106,7 +107,8 @@ def measure(settings: Settings, log: Callable[[str], None] = print) -> tuple[lis
         for dtype in settings.dtypes
         for name, forward in matmul_forwards(settings.matmul_size, settings.device, dtype, settings.threads).items()
     }
-    peaks['copy'] = Copy(settings.copy_mb * 2 ** 20, settings.device)
+    source = torch.ones(settings.copy_mb * 2 ** 20, dtype=torch.uint8, device=settings.device)  # larger than any cache
+    peaks['copy'] = functools.partial(torch.empty_like(source).copy_, source)
     peak_samples: dict[Any, list[float]] = {key: [] for key in peaks}
     rows: list[Row] = []
     for cases in settings.groups():
@@ -129,7 +131,7 @@ def measure(settings: Settings, log: Callable[[str], None] = print) -> tuple[lis
         del forwards
         torch.compiler.reset()
         gc.collect()
-        release()
+        torch.cuda.empty_cache()
 
     # of each dtype the fastest matmul; and the copy, which reads and writes each byte
     seconds = {key: 1e-3 * statistics.median(samples) for key, samples in peak_samples.items()}
@@ -277,7 +279,7 @@ def peak_memory_mb(case: Case, device: torch.device) -> float | None:
     None where neither can be known.
     """
     if device.type == 'cuda':
-        release()
+        torch.cuda.empty_cache()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         two_steps(case, device)

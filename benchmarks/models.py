@@ -10,6 +10,7 @@ from timm.layers import BatchNormAct2d
 from timm.utils import reparameterize_model
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.optim.swa_utils import update_bn
 
 from gmnet_timm.errors import UserError
 from gmnet_timm.info import PAPER
@@ -98,17 +99,10 @@ def create(model: Model) -> nn.Module:
     torch.manual_seed(0)
     name, kwargs = split(model.name)
     net = timm.create_model(name, **kwargs)
-    norms = {m: m.momentum for m in net.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))}
     for name, p in net.named_parameters():
         if p.abs().max() < 1e-3 and p.ndim and not name.endswith('bias'):
             nn.init.uniform_(p, 0.1, 0.5)
-    for norm in norms:
-        norm.momentum = None  # a plain average over the batches below
-    with torch.no_grad():
-        for _ in range(2):
-            net.train()(torch.randn(4, 3, model.img_size, model.img_size))
-    for norm, momentum in norms.items():
-        norm.momentum = momentum
+    update_bn((torch.randn(4, 3, model.img_size, model.img_size) for _ in range(2)), net)
     return net.eval()
 
 

@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 from .machine import set_arithmetic
 from .runtimes import DTYPES, RUNTIMES, Forward, Unsupported
 
-__all__ = ['Copy', 'Matmul', 'Peak', 'Work', 'matmul_forwards', 'measure_work']
+__all__ = ['Peak', 'Work', 'matmul_forwards', 'measure_work']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,22 +65,11 @@ def measure_work(net: nn.Module, x: torch.Tensor) -> Work:
     return Work(flops.get_total_flops() // 2, elements[0] - activations, activations)
 
 
-class Matmul(nn.Module):
-    """A large square matmul."""
-
-    def __init__(self, size: int):
-        super().__init__()
-        self.linear = nn.Linear(size, size, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(x)
-
-
 def matmul_forwards(size: int, device: str, dtype: str, threads: int) -> dict[str, Forward]:
     """The same matmul in each runtime's library: which is fastest differs between machines, by a factor of two."""
     forwards = {}
     set_arithmetic(dtype)
-    matmul, x = Matmul(size).to(device).eval(), torch.randn(size, size, device=device)
+    matmul, x = nn.Linear(size, size, bias=False, device=device), torch.randn(size, size, device=device)
     for name in ('eager', 'onnxruntime', 'openvino'):  # compiled, it is that of eager
         try:
             with torch.no_grad():
@@ -88,14 +77,3 @@ def matmul_forwards(size: int, device: str, dtype: str, threads: int) -> dict[st
         except (Unsupported, ImportError):
             continue
     return forwards
-
-
-class Copy:
-    """A copy from memory to memory, far larger than any cache."""
-
-    def __init__(self, size: int, device: str):
-        self.source = torch.ones(size, dtype=torch.uint8, device=device)
-        self.target = torch.empty_like(self.source)
-
-    def __call__(self) -> torch.Tensor:
-        return self.target.copy_(self.source)

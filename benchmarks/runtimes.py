@@ -1,6 +1,5 @@
 """What runs a model: each runtime makes a function of a model and its input that computes the output, to be timed."""
 import copy
-import importlib
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gmnet_timm.errors import MissingExtraError
+from gmnet_timm.errors import require
 
 __all__ = ['DTYPES', 'RUNTIMES', 'Forward', 'Unsupported', 'compile_whole']
 
@@ -81,7 +80,7 @@ def cuda_graph(net: nn.Module, x: torch.Tensor, dtype: str, threads: int) -> For
 def onnxruntime(net: nn.Module, x: torch.Tensor, dtype: str, threads: int) -> Forward:
     if dtype == 'bfloat16' or x.device.type not in ('cpu', 'cuda'):
         raise Unsupported(f'no ONNX Runtime in {dtype} on {x.device.type}')
-    ort = require('onnxruntime')
+    ort = require('onnxruntime', 'bench')
     net, x = cast(net, x.contiguous(), dtype)
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads
@@ -114,7 +113,7 @@ def openvino(net: nn.Module, x: torch.Tensor, dtype: str, threads: int) -> Forwa
     hints = {'float32': 'f32', 'bfloat16': 'bf16'}
     if x.device.type != 'cpu' or dtype not in hints:
         raise Unsupported(f'no OpenVINO in {dtype} on {x.device.type}')
-    ov = require('openvino')
+    ov = require('openvino', 'bench')
     core = ov.Core()
     if dtype == 'bfloat16' and 'BF16' not in core.get_property('CPU', 'OPTIMIZATION_CAPABILITIES'):
         raise Unsupported('this CPU has no bfloat16 instructions that OpenVINO uses')
@@ -164,14 +163,7 @@ def cast(net: nn.Module, x: torch.Tensor, dtype: str):
 
 def export_onnx(net: nn.Module, x: torch.Tensor, folder: Path) -> Path:
     for module in ('onnx', 'onnxscript'):
-        require(module)
+        require(module, 'bench')
     path = folder / 'model.onnx'
     torch.onnx.export(net, (x,), str(path), dynamo=True, external_data=False, verbose=False)
     return path
-
-
-def require(module: str, extra: str = 'bench'):
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as e:
-        raise MissingExtraError(module, extra) from e

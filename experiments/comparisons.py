@@ -14,6 +14,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestPower
 
 from gmnet_timm.errors import UserError
+from gmnet_timm.frequency.intervals import student_interval
 
 __all__ = [
     'Comparison', 'Difference', 'compare_pairs', 'detectable_effect', 'equivalence', 'holm', 'mean_interval',
@@ -53,7 +54,7 @@ class Comparison(Difference):
     p_holm: float
 
 
-def mean_interval(values: Sequence[float], level: float = .95) -> tuple[float, float, float]:
+def mean_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Mean over seeds, and the bounds of Student's interval, which are NaN for one value.
 
     Raises:
@@ -61,11 +62,7 @@ def mean_interval(values: Sequence[float], level: float = .95) -> tuple[float, f
     """
     if not values or not all(math.isfinite(value) for value in values):
         raise UserError(f'Statistics need finite numbers, at least one, got {list(values)}.')
-    mean, count = math.fsum(values) / len(values), len(values)
-    if count == 1:
-        return mean, math.nan, math.nan
-    half = stats.t.ppf((1 + level) / 2, count - 1) * float(stats.sem(values))
-    return mean, mean - half, mean + half
+    return student_interval(values)
 
 
 def paired_difference(first: Sequence[float], second: Sequence[float]) -> Difference:
@@ -122,9 +119,9 @@ def equivalence(difference: Difference, bound: float) -> float:
     return float(max(stats.t.cdf(upper, difference.count - 1), stats.t.cdf(lower, difference.count - 1)))
 
 
-def detectable_effect(std: float, count: int, alpha: float = .05, wanted: float = .8) -> float:
-    """Smallest true mean difference that the two-sided paired t test of `count` pairs finds with a wanted power.
+def detectable_effect(std: float, count: int, alpha: float = .05) -> float:
+    """Smallest true mean difference that the two-sided paired t test of `count` pairs finds with a power of 80 %.
 
     For a family of m comparisons, `alpha` = 0.05 / m is that of the first step of Holm's correction.
     """
-    return std * float(TTestPower().solve_power(nobs=count, alpha=alpha, power=wanted))
+    return std * float(TTestPower().solve_power(nobs=count, alpha=alpha, power=.8))

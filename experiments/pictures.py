@@ -162,12 +162,8 @@ def _gmnet_timm(*arguments: object) -> None:
         raise UserError(f'This command failed: gmnet-timm {" ".join(argv)}')
 
 
-def _run(args) -> None:
-    make_pictures(args.output, args.target)
-
-
 if __name__ == '__main__':
-    command_line = parser_for('pictures', _run, __doc__)
+    command_line = parser_for('pictures', lambda args: make_pictures(args.output, args.target), __doc__)
     command_line.add_argument(
         '--target', type=Path, default=Path('docs'), help='folder of the documents (default: %(default)s)')
     raise SystemExit(run_command(command_line))

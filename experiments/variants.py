@@ -26,7 +26,6 @@ class Variant:
             raise UserError(f'A gate is ACTIVATION*x or ACTIVATION*v, got {name!r}.')
         if any(True for _ in self.act.parameters()):
             raise UserError(f'{activation} has parameters of its own, which would be shared by all seeds.')
-        self.name = name
         self.activation = activation
         self.factor = factor
         self.branches = 2 if factor == 'v' else 1

@@ -75,7 +75,8 @@ def test_splits_share_no_row_and_keep_a_patch_height_apart(patches):
     for name in demo.PHOTOS:
         rows = {split: [row for _, row, _ in _positions(patches, split, name)] for split in demo.SPLITS}
         assert min(rows['validation']) - (max(rows['train']) + 64) >= 64
-        bands = {split: patches.bands[split][name] for split in demo.SPLITS}
+        written = json.loads((patches.root / 'patches.json').read_text())['bands']
+        bands = {split: written[split][name] for split in demo.SPLITS}
         assert bands['validation'][0] - bands['train'][1] == 64
         assert all(bands[s][0] <= row <= bands[s][1] - 64 for s in demo.SPLITS for row in rows[s])
 

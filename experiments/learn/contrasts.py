@@ -32,7 +32,7 @@ def contrast_lines(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     values: dict[str, dict[int, float]] = {}
     for row in rows:
         values.setdefault(row['variant'], {})[int(row['seed'])] = float(row['between'])
-    heads = ('difference', 'error between points', '95 % interval', 'corrected p', 'verdict')
+    heads = ('difference', 'error between points', '95 % interval', 'corrected p', 'contrast')
     lines = [f'| {" | ".join(heads)} |', '|---' * len(heads) + '|']
     for (first, second), found in zip(PLANNED, compare_pairs(values, PLANNED), strict=True):
         verdict = 'open' if found.p_holm >= .05 else 'smaller error' if found.mean < 0 else 'larger error'

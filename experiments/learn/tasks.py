@@ -188,16 +188,6 @@ class BandImages:
         """Accuracy of each band, (R, bands)."""
         return ((output > 0) == (target > .5)).double().mean(-1)
 
-    def observe(self, images: torch.Tensor) -> torch.Tensor:
-        """Bits (R, bands, N) that the best observer reads from images (R, N, 16, 16); a coin for the empty band."""
-        spectrum = torch.fft.rfft2(images, norm='ortho') / amplitudes(self.background)
-        half = independent_modes()
-        if self.kind == 'pattern':
-            statistic = torch.einsum('rnvu,rbvu->rbn', spectrum, self._patterns.conj() * half).real
-        else:
-            statistic = torch.einsum('rnvu,bvu->rbn', spectrum.abs().square(), self._contrasts * half)
-        return (statistic > 0).float()
-
 
 def patches(images: torch.Tensor) -> torch.Tensor:
     """Images (R, N, 16, 16) as 2x2 patches: pixels as channels, (R, 4, N * 64)."""

@@ -12,7 +12,7 @@ import platform
 import statistics as stdlib
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from experiments.learn.tasks import EMPTY, IDEAL, TASKS, BandImages, Sinusoids, 
 from experiments.variants import Variant
 from gmnet_timm import __version__
 from gmnet_timm.errors import UserError
-from gmnet_timm.frequency.progress import log_line, progress
+from gmnet_timm.frequency.progress import progress
 from gmnet_timm.frequency.reports import write_csv, write_json
 
 __all__ = [
@@ -66,7 +66,6 @@ def run_learn(
         tasks: Sequence[str] = TASKS,
         variants: Sequence[str] | None = None,
         force: bool = False,
-        log: Callable[[str], None] = log_line,
 ) -> list[dict[str, Any]]:
     """Train each variant on each task. A finished one is a file in `output`/runs, which a later call does not repeat.
 
@@ -77,7 +76,6 @@ def run_learn(
         tasks: Some of `TASKS`.
         variants: Names of activations and gates, as for `Variant`, by default those of `VARIANTS` for each task.
         force: Replace runs of other settings; without it they are an error.
-        log: Takes a line for each run.
 
     Returns:
         The runs, in order of tasks and variants.
@@ -98,8 +96,8 @@ def run_learn(
             run = _run(task, variant, settings)
             write_json(run, path)
             edge = ', the first or last that was tried' if run['at_edge'] else ''
-            log(f'{i + 1}/{len(paths)} {task} {variant}: {run["seconds"]:.0f} s, '
-                f'learning rate {run["learning_rate"]:g}{edge}')
+            print(f'{i + 1}/{len(paths)} {task} {variant}: {run["seconds"]:.0f} s, '
+                  f'learning rate {run["learning_rate"]:g}{edge}', flush=True)
         found.append(run)
     for task in tasks:
         write_csv(curve_rows(found, task), output / f'{task}.csv')
@@ -368,7 +366,7 @@ def _schedule(step: int, steps: int) -> float:
 def _made_by() -> dict[str, Any]:
     return dict(
         gmnet_timm=__version__, timm=timm.__version__, torch=torch.__version__, machine=platform.machine(),
-        threads=torch.get_num_threads(), command=['gmnet-timm', *sys.argv[1:]])
+        threads=torch.get_num_threads(), command=['python', '-m', 'experiments.learn', *sys.argv[1:]])
 
 
 def _conditions(runs: Sequence[dict[str, Any]], settings: Settings) -> dict[str, Any]:

@@ -40,9 +40,7 @@ def _run_study(args: argparse.Namespace) -> None:
     from experiments.study.report import write_report
     from experiments.study.trainings import StudySettings, run_study
     from gmnet_timm.device import resolve_device
-    from gmnet_timm.frequency.split import check_corner
 
-    check_corner(args.radii, (args.img_size, args.img_size))
     if args.epochs < 2 or args.batch_size < 2 or len(set(args.seeds)) < 2 or args.tuning_seeds < 1:
         raise UserError('The study needs at least 2 epochs (the first is the warm-up), 2 images per batch, 2 seeds to '
                         'compare and 1 to tune.')

@@ -15,7 +15,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,22 +32,14 @@ from experiments.study.report import power_rows
 from gmnet_timm import __version__
 from gmnet_timm.demo import create_schedule, train_epoch
 from gmnet_timm.errors import UserError
-from gmnet_timm.frequency.progress import log_line
 from gmnet_timm.frequency.reports import read_csv, write_csv, write_json
 from gmnet_timm.frequency.split import check_corner, split_frequencies
 
-__all__ = ['BANDS', 'Run', 'StudySettings', 'condition_images', 'control_accuracies', 'run_study']
+__all__ = ['Run', 'StudySettings', 'condition_images', 'control_accuracies', 'run_study']
 
 FIRST_TUNING_SEED = 1000
 MOST_CONTROL_BATCHES = 100  # the nearest of ImageNet's million would take hours
 
-# filtered images, by how they differ
-BANDS = {
-    'low': 'low-pass, standardised again',
-    'high': 'high-pass, standardised again',
-    'high-shifted': 'as high, with the mean of another image',
-    'high-faint': "high-pass as the paper's definition leaves it: without mean, with less contrast",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +82,6 @@ def run_study(
         seeds: Sequence[int],
         tuning_seeds: int = 2,
         device: torch.device = torch.device('cpu'),  # noqa: B008, immutable
-        log: Callable[[str], None] = log_line,
 ) -> None:
     """Choose learning rates, train and test. A finished run is a file in `output`/runs, later calls do not repeat it.
 
@@ -104,7 +95,6 @@ def run_study(
             can be compared at any time.
         tuning_seeds: Number of further seeds for each learning rate.
         device: Where to train.
-        log: Takes a line for each run.
 
     Raises:
         UserError: `output` holds runs of other settings, a radius is beyond the corner of the spectrum, or a seed is
@@ -113,7 +103,7 @@ def run_study(
     check_corner(settings.radii, (data.size, data.size))
     if not all(0 <= seed < FIRST_TUNING_SEED for seed in seeds):
         raise UserError(f'Seeds must be from 0 to {FIRST_TUNING_SEED - 1}, those beyond are for tuning.')
-    study = _Study(output, data, settings, device, log)
+    study = _Study(output, data, settings, device)
     tuning = [
         Run(body, variant, lr, FIRST_TUNING_SEED + i)
         for i in range(tuning_seeds) for body, variant in pairs for lr in learning_rates]
@@ -125,8 +115,8 @@ def run_study(
     power = power_rows(read_csv(output / 'tuning.csv'), len(seeds))
     write_csv(power, output / 'power.csv')
     for row in power:
-        log(f'{row["body"]}: {len(seeds)} seeds find a difference of {row["detectable"]} points in high-pass accuracy '
-            'in four of five studies')
+        print(f'{row["body"]}: {len(seeds)} seeds find a difference of {row["detectable"]} points in high-pass accuracy '
+              'in four of five studies', flush=True)
     runs = [Run(body, variant, chosen[body, variant], seed) for seed in seeds for body, variant in pairs]
     results = {run: study.result(run, 'test', i, len(runs)) for i, run in enumerate(runs)}
     write_csv(
@@ -196,8 +186,8 @@ def control_accuracies(data: PhotoData, radii: Sequence[float], seed: int) -> li
 class _Study:
     """Runs and their files."""
 
-    def __init__(self, output: Path, data: PhotoData, settings: StudySettings, device: torch.device, log):
-        self.folder, self.data, self.settings, self.device, self.log = output / 'runs', data, settings, device, log
+    def __init__(self, output: Path, data: PhotoData, settings: StudySettings, device: torch.device):
+        self.folder, self.data, self.settings, self.device = output / 'runs', data, settings, device
         self.record: dict[str, Any] = json.loads(json.dumps(dict(  # lists for tuples
             settings=dataclasses.asdict(settings), data=data.description)))
 
@@ -216,8 +206,8 @@ class _Study:
             **_machine(self.device))
         write_json(result, path)
         raw = result['accuracy'][0]
-        self.log(f'{part} {index + 1}/{total} {run.name}: {100 * raw["correct"] / raw["count"]:.1f} % of unfiltered '
-                 f'images, {result["seconds"]:.0f} s')
+        print(f'{part} {index + 1}/{total} {run.name}: {100 * raw["correct"] / raw["count"]:.1f} % of unfiltered '
+              f'images, {result["seconds"]:.0f} s', flush=True)
         return result
 
     def _run(self, run: Run, part: str) -> dict[str, Any]:

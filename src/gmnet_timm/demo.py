@@ -76,13 +76,11 @@ class PhotoPatches:
             named by the row and column of its top left pixel in the photograph.
         mean: Mean of all training pixels, in 0…1.
         std: Standard deviation of all training pixels, in 0…1.
-        bands: Rows of the photograph, first and one past the last, that the patches of a split and class were cut from.
     """
 
     root: Path
     mean: float
     std: float
-    bands: dict[str, dict[str, list[int]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +200,7 @@ def prepare_photo_patches(root: str | Path, *, patches: int = 320, seed: int = 4
             raise UserError(f'{root} does not hold these photo patches, so it is left as it is. Choose another folder.')
         with replacing_folder(root) as folder:
             manifest = _write_patches(folder, wanted)
-    return PhotoPatches(root, manifest['mean'], manifest['std'], manifest['bands'])
+    return PhotoPatches(root, manifest['mean'], manifest['std'])
 
 
 def create_schedule(optimizer: torch.optim.Optimizer, epochs: int, warmup_epochs: int, updates_per_epoch: int):
@@ -387,14 +385,14 @@ def _validate(model: nn.Module, loader) -> dict[str, float]:
     return {name: meter.avg for name, meter in meters.items()}
 
 
-def _draw_prediction_grid(model: nn.Module, data: PhotoPatches, seed: int, rows: int = 3) -> Image.Image:
+def _draw_prediction_grid(model: nn.Module, data: PhotoPatches, seed: int) -> Image.Image:
     """Some validation patches of each class with what the model says of them.
 
     Nothing depends on colour: a wrong prediction has a thick frame and white text on black.
     """
     tile, text, pad = 2 * PATCH_SIZE, 54, 12
     files = {name: sorted((data.root / 'validation' / name).glob('*.png')) for name in PHOTOS}
-    rows = min(rows, *map(len, files.values()))
+    rows = min(3, *map(len, files.values()))
     cell_w, cell_h, top = tile + 2 * pad, tile + text + 2 * pad, 56
     sheet = Image.new('L', (cell_w * len(PHOTOS) + 2 * pad, cell_h * rows + top), 255)
     draw, font, title = ImageDraw.Draw(sheet), ImageFont.load_default(13), ImageFont.load_default(17)

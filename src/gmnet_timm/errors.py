@@ -1,4 +1,5 @@
 """Errors that tell users what to fix."""
+import importlib
 import reprlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,6 @@ class TargetExistsError(UserError, FileExistsError):
 
     def __init__(self, path: str | Path):
         super().__init__(f'{path} exists.')
-        self.path = path
 
 
 class MissingExtraError(UserError, ImportError):
@@ -22,6 +22,18 @@ class MissingExtraError(UserError, ImportError):
 
     def __init__(self, package: str, extra: str):
         super().__init__(f"{package} is not installed. Install it with: pip install 'gmnet-timm[{extra}]'")
+
+
+def require(module: str, extra: str) -> Any:
+    """Import a module of an extra.
+
+    Raises:
+        MissingExtraError: It is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as e:
+        raise MissingExtraError(module.partition('.')[0], extra) from e
 
 
 def printable(text: str) -> str:

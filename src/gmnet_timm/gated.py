@@ -87,20 +87,14 @@ default_cfgs = generate_default_cfgs({
 # timm calls these where it would call a model's class: gates are in place before it wraps, traces or cuts a model.
 
 
-def _gated_resnet18(gate: LayerType, **kwargs: Any) -> nn.Module:
-    model = resnet18(**kwargs)
-    replace_activations(model, partial(Gate, gate))
-    return model
-
-
-def _gated_mobilenetv2(gate: LayerType, **kwargs: Any) -> nn.Module:
-    model = mobilenetv2_100(**kwargs)
+def _gated(create: Callable[..., nn.Module], gate: LayerType, **kwargs: Any) -> nn.Module:
+    model = create(**kwargs)
     replace_activations(model, partial(Gate, gate))
     return model
 
 
 def _create_resnet18(variant: str, gate: LayerType, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    return build_model_with_cfg(partial(_gated_resnet18, gate), variant, pretrained, **kwargs)
+    return build_model_with_cfg(partial(_gated, resnet18, gate), variant, pretrained, **kwargs)
 
 
 def _create_mobilenetv2(variant: str, gate: LayerType, pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -108,13 +102,13 @@ def _create_mobilenetv2(variant: str, gate: LayerType, pretrained: bool = False,
     if kwargs.get('features_only', False) and feature_cls is None:
         # by default, this family's feature extractor is a class of its own and not a wrapper
         kwargs = {key: value for key, value in kwargs.items() if key not in ('features_only', 'feature_cls')}
-        create = partial(_gated_mobilenetv2, gate, features_only=True)
+        create = partial(_gated, mobilenetv2_100, gate, features_only=True)
         model: Any = build_model_with_cfg(create, variant, pretrained, pretrained_strict=False, **kwargs)
         model.pretrained_cfg = model.default_cfg = pretrained_cfg_for_features(model.pretrained_cfg)
         return model
     if feature_cls in ('list', 'dict'):
         kwargs.setdefault('feature_cfg', dict(flatten_sequential=True))  # they find no stage without
-    return build_model_with_cfg(partial(_gated_mobilenetv2, gate), variant, pretrained, **kwargs)
+    return build_model_with_cfg(partial(_gated, mobilenetv2_100, gate), variant, pretrained, **kwargs)
 
 
 @register_model

@@ -21,6 +21,8 @@ from gmnet_timm.errors import UserError
 
 RESULTS = Path(__file__).parents[2] / 'experiments' / 'study' / 'results'
 
+BANDS = ('low', 'high', 'high-shifted', 'high-faint')
+
 
 @pytest.fixture(scope='module')
 def photos():
@@ -194,7 +196,7 @@ def test_study_runs_and_keeps_its_settings(tmp_path, capsys):
 
 def _check_files(folder):
     accuracy = _rows(folder / 'accuracy.csv')
-    assert len(accuracy) == 2 * 2 * (1 + 2 * len(study.BANDS))  # variants, seeds, bands of two radii
+    assert len(accuracy) == 2 * 2 * (1 + 2 * len(BANDS))  # variants, seeds, bands of two radii
     assert {row['count'] for row in accuracy} == {'256'}
     record = json.loads((folder / 'study.json').read_text())
     assert record['versions'].keys() == {'gmnet_timm', 'timm', 'torch'} and record['seeds'] == [0, 1]
@@ -224,7 +226,7 @@ def _accuracies(**shift):
              count='1000',
              correct=str(500 + noise[seed] + 7 * seed * i + (shift.get(variant, 0) if band == 'high' else 0)))
         for i, variant in enumerate(VARIANTS) for seed in noise
-        for band, radius in [('raw', ''), *((band, r) for band in study.BANDS for r in ('3', '10'))]]
+        for band, radius in [('raw', ''), *((band, r) for band in BANDS for r in ('3', '10'))]]
 
 
 def test_outcome_is_the_mean_over_radii_and_differences_are_paired():
@@ -268,7 +270,7 @@ def _contrast_rows(shift):
     return [dict(body=body, variant=variant, seed=str(seed), band=band, radius=radius, count='1000',
                  correct=str(300 + 9 * seed + (shift + 3 * seed) * ('·' in variant) + 500 * (radius in ('9', '14'))))
             for body in BODIES for variant in ('ReLU(x)', 'ReLU6(x)·x', 'GELU(x)·x') for seed in range(4)
-            for band, radius in [('raw', ''), *((band, r) for band in study.BANDS for r in ('1', '6', '9', '14'))]]
+            for band, radius in [('raw', ''), *((band, r) for band in BANDS for r in ('1', '6', '9', '14'))]]
 
 
 @pytest.mark.parametrize('shift, verdict', [(60, 'confirmed'), (-60, 'contradicted'), (0, 'contradicted'),

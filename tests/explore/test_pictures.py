@@ -207,8 +207,8 @@ def test_a_port_that_is_taken_is_said(about):
 def test_a_session_is_forgotten_after_an_hour(about):
     """Gradio has a time to live for a state that was an output, and for no other."""
     gradio = pytest.importorskip('gradio', reason='needs the extra explore')
-    from gmnet_timm.explore.page import create_page
-    page = create_page(about)
+    from gmnet_timm.explore.page import Page
+    page = Page(about).blocks
     state = next(block for block in page.blocks.values() if isinstance(block, gradio.State))
     opens = [fn for fn in page.fns.values() if state in fn.inputs and fn.name in ('upload', 'choose', 'start')]
     assert len(opens) == 3 and all(state in fn.outputs for fn in opens) and state.time_to_live == 3600

@@ -45,8 +45,8 @@ def twice(high, middle, low):
     return 0 if high else 1 if middle else 0 if low else 2
 
 
-def scan(model, kinds=('low', 'high')):
-    return [p for some in answers.scan_radii(model, BandSplit(model.image()), kinds, batch_size=7) for p in some]
+def scan(model):
+    return [p for some in answers.scan_radii(model, BandSplit(model.image()), batch_size=7) for p in some]
 
 
 def test_a_scan_finds_every_change():
@@ -124,7 +124,7 @@ def test_what_is_not_an_image_or_too_large_is_refused_before_it_is_decoded(tmp_p
     monkeypatch.setattr(Image.Image, 'load', lambda self: pytest.fail('decoded'))
     monkeypatch.setattr('PIL.ImageFile.ImageFile.load', lambda self: pytest.fail('decoded'))
     with pytest.raises(UserError, match='10000x10000 pixels, 100 million'):
-        read_picture(tmp_path / 'large.png', 3, max_pixels=50_000_000)
+        read_picture(tmp_path / 'large.png', 3)
 
 
 @pytest.mark.parametrize('channels, mode', [(1, 'L'), (2, 'LA'), (3, 'RGB'), (4, 'RGBA')])

@@ -63,7 +63,7 @@ def _kinds(product):
 @pytest.mark.slow
 def test_counts_of_known_models(name):
     products = find_products(timm.create_model(name, device='meta'))
-    gates = [name for name, product in products.items() if product.is_gate]
+    gates = [name for name, product in products.items() if product.kind == 'gate']
     assert (len(gates), len(products) - len(gates)) == COUNTS[name]
     assert list(find_gates(timm.create_model(name, device='meta'))) == gates
 
@@ -71,7 +71,6 @@ def test_counts_of_known_models(name):
 def test_names_are_those_of_the_modules_that_multiply():
     gmnet = find_gates(timm.create_model('gmnet_s1', device='meta'))
     assert list(gmnet) == [f'stages.{i}.{j + 1}' for i, depth in enumerate((2, 2, 10, 2)) for j in range(depth)]
-    assert gmnet['stages.0.1'].shape == (1, 120, 56, 56)
     resnet = find_gates(timm.create_model('resnet18_gate_relu6', device='meta'))
     assert list(resnet) == [f'layer{i}.{j}.act1' for i in (1, 2, 3, 4) for j in (0, 1)]
     assert 'blocks.0.0.se' in find_products(timm.create_model('mobilenetv3_small_100', device='meta'))

@@ -15,9 +15,9 @@ import yaml
 from timm.scheduler import create_scheduler_v2
 
 from gmnet_timm.cli.main import main
+from gmnet_timm.errors import UserError
 from gmnet_timm.training.recipe import (
     RECIPES,
-    RecipeError,
     compose_recipe,
     launch_commands,
     load_recipe,
@@ -80,7 +80,7 @@ def test_layout_reaches_the_global_batch_size_exactly_or_proposes_what_does(gpus
     if possible:
         assert plan_layout(gpus, batch_size).grad_accum_steps == possible[0]
         return
-    with pytest.raises(RecipeError) as e:
+    with pytest.raises(UserError) as e:
         plan_layout(gpus, batch_size)
     proposals = re.findall(r'--gpus (\d+) --batch-size (\d+) \(--grad-accum-steps (\d+)\)', str(e.value))
     assert proposals
@@ -94,12 +94,12 @@ def test_layout_reaches_the_global_batch_size_exactly_or_proposes_what_does(gpus
 
 def test_layout_takes_only_the_right_gradient_accumulation_and_even_nodes():
     assert plan_layout(2, 256, grad_accum_steps=4).global_batch_size == 2048
-    with pytest.raises(RecipeError, match=r'= global batch size 1536, not 2048.*--grad-accum-steps 4'):
+    with pytest.raises(UserError, match=r'= global batch size 1536, not 2048.*--grad-accum-steps 4'):
         plan_layout(2, 256, grad_accum_steps=3)
-    with pytest.raises(RecipeError, match='spread evenly'):
+    with pytest.raises(UserError, match='spread evenly'):
         plan_layout(8, 256, nodes=3)
     for gpus in (0, 10 ** 12):  # of the latter, looking for divisors would take for ever
-        with pytest.raises(RecipeError, match='whole numbers from 1 to 1,000,000'):
+        with pytest.raises(UserError, match='whole numbers from 1 to 1,000,000'):
             plan_layout(gpus, 256, scale_lr=True)
 
 
@@ -119,7 +119,7 @@ def test_composed_recipe_changes_nothing_else_and_keeps_the_comments():
     assert text.splitlines()[0] == (
         '# gmnet_s4, recipe imagenet: '
         'world size 2 x batch size 256 x 4 gradient accumulation steps = global batch size 2048.')
-    with pytest.raises(RecipeError, match='does not set momentun'):
+    with pytest.raises(UserError, match='does not set momentun'):
         compose_recipe('gmnet_s4', plan_layout(2, 256), momentun=1)
 
 
@@ -275,7 +275,7 @@ def test_finetuning_follows_from_the_folder(capsys, tmp_path, monkeypatch):
 ])
 def test_finetuning_plans(memory, images, size, expected):
     assert plan_finetuning('gmnet_s1', memory, images, size) == expected
-    with pytest.raises(RecipeError, match='--img-size'):
+    with pytest.raises(UserError, match='--img-size'):
         plan_finetuning('gmnet_s4', 1, images, 224)
 
 

@@ -159,7 +159,6 @@ def test_published_recipe_trains_and_learns(trained):
     run = read_run(trained)
     assert run.world_size == 1 and run.epochs_planned == 9 and symptoms(run) == [] and run.notes == ()
     assert run.best_checkpoint.metric == run.best_epoch.top1 == max(row['eval_top1'] for row in rows)
-    assert run.last_checkpoint.path.name == 'last.pth.tar' and run.last_checkpoint.args['model'] == 'gmnet_s1'
     assert [deviation.split(' ')[0] for deviation in deviations(run)] == [
         'num_classes', 'img_size', 'epochs', 'warmup_epochs', 'cooldown_epochs', 'global']
 

@@ -9,6 +9,7 @@ import torch
 from conftest import SIZES, create
 
 from gmnet_timm.weights.architecture import infer_architecture
+from gmnet_timm.weights.description import describe_tensors
 from gmnet_timm.weights.files import CheckpointError, read_checkpoint
 from gmnet_timm.weights.model import load_model
 
@@ -189,17 +190,20 @@ def test_foreign_weights(tmp_path):
 
 
 def test_contradicting_tensors(authors):
+    def check(state_dict):
+        describe_tensors(state_dict).check_fits(state_dict, 'the file')
+
     state_dict = authors.state_dict()
     missing = {k: v for k, v in state_dict.items() if k != 'stages.1.2.g.bn.weight'}
     with pytest.raises(CheckpointError, match=r'missing: stages\.1\.2\.g\.bn\.weight\.'):
-        infer_architecture(missing)
+        check(missing)
     with pytest.raises(CheckpointError, match=r'unexpected: extra\.'):
-        infer_architecture({**state_dict, 'extra': torch.zeros(1)})
+        check({**state_dict, 'extra': torch.zeros(1)})
     with pytest.raises(CheckpointError, match=r'of another shape: norm\.bias \(3,\) instead of \(320,\)'):
-        infer_architecture({**state_dict, 'norm.bias': torch.zeros(3)})
+        check({**state_dict, 'norm.bias': torch.zeros(3)})
     for far in ('stages.0.100000.f1.conv.weight', f'stages.0.{"9" * 5000}.f1.conv.weight'):  # never built
         with pytest.raises(CheckpointError, match='missing|unexpected'):
-            infer_architecture({**state_dict, far: torch.zeros(3)})
+            check({**state_dict, far: torch.zeros(3)})
 
 
 def test_fused_weights_are_recognised(authors):

@@ -42,7 +42,7 @@ from checkpoint_files import (
 )
 
 from gmnet_timm.gmnet import GmNet
-from gmnet_timm.weights.architecture import infer_architecture
+from gmnet_timm.weights.description import describe_tensors
 from gmnet_timm.weights.files import CheckpointError, read_checkpoint, read_outline
 
 CASES = 6000
@@ -353,7 +353,8 @@ def tiny_state_dict():
 
 def refuse(path, *words):
     with pytest.raises(CheckpointError) as info:
-        infer_architecture(read_checkpoint(path).state_dict)
+        state_dict = read_checkpoint(path).state_dict
+        describe_tensors(state_dict).check_fits(state_dict, 'the file')
     for word in words:
         assert word in str(info.value)
 

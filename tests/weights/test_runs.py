@@ -15,13 +15,13 @@ from timm.scheduler import create_scheduler_v2
 from gmnet_timm.cli.main import main
 from gmnet_timm.errors import UserError
 from gmnet_timm.training.recipe import load_recipe
-from gmnet_timm.weights.runs import Epoch, epoch_checkpoints, read_args, read_run, read_summary, read_yaml
+from gmnet_timm.weights.runs import Epoch, epoch_checkpoints, read_args, read_run, read_summary_lines, read_yaml
 
 SUMMARY = 'epoch,train_loss,eval_loss,eval_top1,eval_top5,lr\n0,2.5,2.25,10,50,0.1\n1,1.5,1.25,30,70,0.05\n'
 
 
 def write_checkpoint(path, epoch=1, metric=30., args=None, **more):
-    args = argparse.Namespace(world_size=4, **(args or {}))
+    args = argparse.Namespace(**{'world_size': 4, **(args or {})})
     torch.save(dict(epoch=epoch, metric=metric, args=args, state_dict={}, **more), path)
 
 
@@ -37,16 +37,14 @@ def test_everything_of_a_run(run):
     write_checkpoint(run / 'checkpoint-0.pth.tar', epoch=0, metric=10., state_dict_ema={})
     found = read_run(run)
     assert found.args == dict(model='gmnet_s1', epochs=10, batch_size=64)
-    assert found.epochs[1] == found.epoch(1) == Epoch(
+    assert found.epochs[1] == Epoch(
         1, dict(train_loss=1.5, eval_loss=1.25, eval_top1=30., eval_top5=70., lr=.05))
     epoch = found.epochs[1]
     assert (epoch.train_loss, epoch.eval_loss, epoch.top1, epoch.top5, epoch.lr) == (1.5, 1.25, 30, 70, .05)
-    assert found.epoch(2) is None and found.epoch(None) is None
     first, last = found.checkpoints
     assert (first.path.name, first.epoch, first.metric, first.ema) == ('checkpoint-0.pth.tar', 0, 10., True)
     assert (last.epoch, last.metric, last.ema) == (1, 30., False)
-    assert last.args == dict(model='gmnet_s1', lr=.1, world_size=4)
-    assert found.best_checkpoint == found.last_checkpoint == last
+    assert found.best_checkpoint == last
     assert found.world_size == 4 and found.notes == ()
 
 
@@ -56,7 +54,7 @@ def test_strict_readers_raise_what_the_reader_of_the_folder_notes(run):
     found = read_run(run)
     assert [note.split(' cannot be read')[0] for note in found.notes] == ['args.yaml', 'summary.csv']
     assert found.args == {} and found.epochs == () and found.best_epoch is None and found.epochs_planned is None
-    for read, name in ((read_args, 'args.yaml'), (read_summary, 'summary.csv')):
+    for read, name in ((read_args, 'args.yaml'), (read_summary_lines, 'summary.csv')):
         with pytest.raises(UserError, match=f'^{run / name} cannot be read'):
             read(run / name)
     for text, problem in (('', 'is empty'), ('- a', 'holds no arguments')):
@@ -69,7 +67,7 @@ def test_summary_leaves_out_what_is_damaged_and_says_so(run):
     (run / 'summary.csv').write_text(
         f'1,1,1,1,1,1\n{SUMMARY}2,x,1,40,80,0.1\n3,{"9" * 200_000},1,40,80,0.1\n{"9" * 5000},1,1,1,1,1\n-1,1,1,1,1,1\n'
         '4,1\n\n5,,nan,inf,60,0.1\n6,2.0')
-    epochs, notes = read_summary(run / 'summary.csv')
+    epochs, notes = read_summary_lines(run / 'summary.csv')
     assert [e.epoch for e in epochs] == [0, 1, 5]
     assert epochs[2].train_loss is None and epochs[2].top1 == float('inf') and epochs[2].top5 == 60
     assert notes == [
@@ -85,17 +83,15 @@ def test_metric_that_ranks_the_checkpoints(run):
         assert read_run(run).best_checkpoint.epoch == best, args
 
 
-def test_last_checkpoint_is_of_a_finished_epoch(run):
-    write_checkpoint(run / 'recovery-2-50.pth.tar', epoch=2, metric=None)
-    write_checkpoint(run / 'model_best.pth.tar')
+def test_world_size_is_that_of_the_last_finished_epoch(run):
+    write_checkpoint(run / 'recovery-2-50.pth.tar', epoch=2, metric=None, args=dict(world_size=8))
     write_checkpoint(run / 'tmp.pth.tar', epoch=9, metric=99.)
-    assert read_run(run).last_checkpoint.path.name == 'last.pth.tar'
-    for name in ('last', 'model_best'):
-        (run / f'{name}.pth.tar').unlink()
-    assert read_run(run).last_checkpoint.path.name == 'recovery-2-50.pth.tar'
+    assert read_run(run).world_size == 4 and len(read_run(run).checkpoints) == 2
+    (run / 'last.pth.tar').unlink()
+    assert read_run(run).world_size == 8
     (run / 'recovery-2-50.pth.tar').unlink()
     found = read_run(run)
-    assert found.last_checkpoint is None and found.best_checkpoint is None and found.world_size is None
+    assert found.best_checkpoint is None and found.world_size is None
 
 
 def test_checkpoints_by_epoch_in_numerical_order(run):

@@ -1,5 +1,6 @@
 """The `gmnet-timm freq …` commands."""
 import argparse
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,8 @@ from gmnet_timm.cli.frequency_options import (
     save_figures,
     split_options,
 )
-from gmnet_timm.cli.options import starting, stated_words
-from gmnet_timm.errors import UserError
+from gmnet_timm.cli.options import add_class_names, starting, stated_words
+from gmnet_timm.errors import MissingExtraError, UserError, require
 
 
 def add_commands(commands) -> None:
@@ -170,13 +171,8 @@ def _add_image(commands) -> None:
     add_split(parser, [12., 24., 36.])
     add_bands(parser)
     parser.add_argument('--top', type=int, default=3, metavar='K', help='print the K likeliest classes (default: 3)')
-    _add_class_names(parser)
+    add_class_names(parser)
     add_figures(parser, optional=False)
-
-
-def _add_class_names(parser) -> None:
-    parser.add_argument(
-        '--class-names', metavar='PATH', help='image folder, text file with one name per line, or imagenet-1k')
 
 
 def _run_image(args: argparse.Namespace) -> None:
@@ -211,13 +207,12 @@ def _add_explore(commands) -> None:
         commands, 'explore', 'a page in the browser to move the radius and watch', _run_explore, output=False)
     add_model(parser, 'models', nargs='+')
     add_data(parser)
-    _add_class_names(parser)
+    add_class_names(parser)
     parser.add_argument('--device', default='auto', help='(default: a GPU if there is one)')
     parser.add_argument(
         '--host', default='127.0.0.1', help='address to listen on (default: %(default)s, this machine only); whoever '
         'reaches it can use the page')
     parser.add_argument('--port', type=int, help='(default: the first free one from 7860 on)')
-    parser.add_argument('--workers', type=int, help=argparse.SUPPRESS)  # of earlier versions, without effect
     parser.add_argument(
         '--root-path', metavar='PATH', help='where a proxy shows the page, such as /user/me/proxy/7860 of a notebook')
 
@@ -233,10 +228,10 @@ def _run_explore(args: argparse.Namespace) -> None:
     from gmnet_timm.device import resolve_device
     from gmnet_timm.explore.pictures import Exploration, Images, ShownModel
     from gmnet_timm.explore.server import serve
-    from gmnet_timm.frequency.extras import require_gradio, require_matplotlib
 
-    require_gradio()
-    require_matplotlib()
+    if importlib.util.find_spec('gradio') is None:  # before models are loaded; importing it takes seconds
+        raise MissingExtraError('gradio', 'explore')
+    require('matplotlib', 'freq')
     device = torch.device(resolve_device(args.device))
     has_data = args.data_dir or args.dataset
     images = Images(args.data_dir, args.dataset, args.split, args.class_map) if has_data else None

@@ -13,7 +13,7 @@ from gmnet_timm.cli.options import (
     preprocessing,
     print_notes,
 )
-from gmnet_timm.errors import TargetExistsError, UserError
+from gmnet_timm.errors import TargetExistsError, UserError, require
 
 
 def add_command(
@@ -162,8 +162,7 @@ def check_output(args: argparse.Namespace, *names: str, figures: list[str]) -> N
     if args.figure_width is not None and not 1 <= args.figure_width <= 40:
         raise UserError(f'--figure-width is from 1 to 40 inches, got {args.figure_width:g}.')
     if drawn:
-        from gmnet_timm.frequency.extras import require_matplotlib
-        require_matplotlib()
+        require('matplotlib', 'freq')
     for path in [*paths, *drawn]:
         if path.exists() and not getattr(args, 'force', True):  # commands that go on have no --force
             raise TargetExistsError(path)

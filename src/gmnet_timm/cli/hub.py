@@ -4,6 +4,7 @@ import sys
 
 from gmnet_timm.cli.options import (
     SOURCES,
+    add_class_names,
     add_description,
     add_preprocessing,
     description,
@@ -69,16 +70,15 @@ def _add_push(commands) -> None:
 
 def _run_push(args: argparse.Namespace) -> None:
     """Publish weights, configuration and model card as one commit, and read the commit back."""
+    check_repo_id(args.repo_id)
     if args.dry_run:
         if '/' not in args.repo_id:
             raise UserError(f'--dry-run does not ask the Hub who you are: give owner/{args.repo_id}.')
-        check_repo_id(args.repo_id)
         _save(args, args.folder or args.repo_id.split('/')[-1], args.repo_id, force=False)
         print(f'This would be sent to {args.repo_id}; nothing was sent.')
         return
     from gmnet_timm.hub.push import push
 
-    check_repo_id(args.repo_id)
     published = push(
         _publication(args), args.repo_id, private=args.private, revision=args.revision, create_pr=args.create_pr,
         message=args.message, token=args.token, timeout=args.timeout, **_choices(args))
@@ -134,8 +134,7 @@ def _add_publication(parser: argparse.ArgumentParser, target: str, help: str) ->
     parser.add_argument(target, help=help)
     add_description(parser)
     add_preprocessing(parser)
-    parser.add_argument(
-        '--class-names', metavar='PATH', help='image folder, text file with one name per line, or imagenet-1k')
+    add_class_names(parser)
     parser.add_argument('--top1', type=float, help='measured top-1 accuracy in percent (default: that of summary.csv)')
     parser.add_argument('--top5', type=float, help='measured top-5 accuracy in percent')
     parser.add_argument('--results', metavar='CSV', help="results file of timm's validate.py for these weights")

@@ -21,6 +21,12 @@ def add_description(parser: argparse.ArgumentParser) -> None:
     group.add_argument('--gp', metavar='POOL', help='global pooling: avg, max, avgmax, catavgmax, …')
 
 
+def add_class_names(parser: argparse.ArgumentParser) -> None:
+    """The option that names classes."""
+    parser.add_argument(
+        '--class-names', metavar='PATH', help='image folder, text file with one name per line, or imagenet-1k')
+
+
 def add_preprocessing(parser: argparse.ArgumentParser) -> None:
     """Options that replace recorded preprocessing."""
     group = parser.add_argument_group('preprocessing', 'by default as recorded with the weights')

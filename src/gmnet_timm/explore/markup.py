@@ -163,13 +163,10 @@ def _change(model: ShownModel, kind: str, found: Sequence[Change] | None) -> str
         return f'{title}no change at any whole radius</p>'
     first, others = mine[0], len(mine) - 1
     note = f'and {others} more change{"s" if others > 1 else ""} beyond' if others else 'the only change'
-    names = ' → '.join(html.escape(_name(model, number)) for number in (first.before, first.after))
+    names = ' → '.join(
+        html.escape(model.class_names[i] if model.class_names else f'class {i}') for i in (first.before, first.after))
     return (f'{title}<button data-radius="{first.radius}" title="set the radius">r = {first.radius}</button> {names} '
             f'<small>({note})</small></p>')
-
-
-def _name(model: ShownModel, number: int) -> str:
-    return model.class_names[number] if model.class_names else f'class {number}'
 
 
 def command(lines: str) -> str:
@@ -189,10 +186,8 @@ _MARKS = '<div class="marks"><i class="low"></i><i class="band-pass"></i><i clas
 
 
 def _small_figure() -> tuple[Any, Any]:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     figure = Figure(figsize=(4.4, 1.95))
-    FigureCanvasAgg(figure)
     axis = figure.subplots()
     figure.subplots_adjust(left=.125, right=.985, bottom=.225, top=.91)
     figure.patch.set_alpha(0)

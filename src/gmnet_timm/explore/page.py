@@ -28,7 +28,7 @@ from gmnet_timm.frequency.signals import LayerSpectrum
 from gmnet_timm.frequency.spectra import layer_spectra, list_layers, strongest_channels
 from gmnet_timm.frequency.split import default_radii, radial_power_spectrum
 
-__all__ = ['create_page', 'look_of_the_page']
+__all__ = ['Page', 'look_of_the_page']
 
 _THUMBNAILS = 6
 _MAPS = 8  # channels that are drawn
@@ -94,16 +94,9 @@ def look_of_the_page() -> dict[str, Any]:
     return dict(theme=theme, css_paths=[Path(__file__).with_name('page.css')], footer_links=[])
 
 
-def create_page(about: Exploration) -> gr.Blocks:
-    """Build the page.
+class Page:
+    """The page about models and images: `blocks` is what Gradio serves."""
 
-    Args:
-        about: Models and images.
-    """
-    return _Page(about).blocks
-
-
-class _Page:
     def __init__(self, about: Exploration):
         self.about = about
         with gr.Blocks(

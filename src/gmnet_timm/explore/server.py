@@ -74,13 +74,13 @@ def serving(
         from starlette.middleware import Middleware
         from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-        from gmnet_timm.explore.page import create_page, look_of_the_page
+        from gmnet_timm.explore.page import Page, look_of_the_page
 
         logging.getLogger('httpx').setLevel(logging.WARNING)
         middleware = [Middleware(_OwnPageOnly)]
         if host in _LOCAL and root_path is None:
             middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=['127.0.0.1', 'localhost', '[::1]']))
-        page = create_page(about)
+        page = Page(about).blocks
         # Errors that are not ours stay on the terminal: their texts hold paths of this machine.
         _, url, _ = page.launch(
             server_name=host, server_port=port, root_path=root_path, share=False, quiet=True, prevent_thread_lock=True,
@@ -104,12 +104,7 @@ def _check_address(host: str, port: int | None) -> None:
             f'Cannot listen on {host}, port {port or "any"}: {e}. Choose others by --host and --port.') from e
 
 
-def serve(
-        about: Exploration,
-        host: str = LOOPBACK,
-        port: int | None = None,
-        root_path: str | None = None,
-) -> None:
+def serve(about: Exploration, host: str, port: int | None, root_path: str | None) -> None:
     """Serve the page until Ctrl-C or a signal to end; arguments and errors as for `serving`."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     with serving(about, host, port, root_path) as url:

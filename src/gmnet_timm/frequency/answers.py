@@ -95,22 +95,24 @@ def top_classes(confidence: torch.Tensor, count: int, names: Sequence[str] = ())
 def scan_radii(
         model: nn.Module,
         split: BandSplit,
-        kinds: Sequence[str] = ('low', 'high'),
         batch_size: int = 8,
 ) -> Iterator[list[ScanPoint]]:
     """Look at one image without more and more of its frequencies, at every whole radius.
 
+    Low-pass images, from the corner of the spectrum down to 0, and high-pass images, from 0 on, take turns.
+
     Args:
         model: As for `confidences`.
         split: One image.
-        kinds: 'low', from the corner of the spectrum down to radius 0, and 'high', from radius 0 on, in turn.
         batch_size: Parts per forward pass.
 
     Yields:
         What one pass has found; the first point of all is the raw image.
     """
-    orders = [_from_whole_to_nothing(kind, split) for kind in kinds]
-    bands = [Band('raw'), *(band for bands in itertools.zip_longest(*orders) for band in bands)]
+    largest = largest_radius(split.images.shape)
+    bands = [Band('raw')]
+    for radius in range(largest + 1):
+        bands += [Band('low', largest - radius), Band('high', radius)]
     answer = None
     for start in range(0, len(bands), batch_size):
         batch = bands[start:start + batch_size]
@@ -135,11 +137,3 @@ def list_changes(points: Iterable[ScanPoint], kind: str) -> list[Change]:
     return [
         Change(kind, point.radius, before.answer, point.answer)
         for before, point in itertools.pairwise(way) if point.radius is not None and point.answer != before.answer]
-
-
-def _from_whole_to_nothing(kind: str, split: BandSplit) -> list[Band]:
-    """Bands of all whole radii, those that leave most of the image first."""
-    radii = range(largest_radius(split.images.shape) + 1)
-    if kind not in ('low', 'high'):
-        raise UserError(f'The kinds that can be scanned are low and high, got {kind}.')
-    return [Band(kind, radius) for radius in (reversed(radii) if kind == 'low' else radii)]

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from gmnet_timm.errors import UserError
@@ -270,8 +269,7 @@ def evaluate_bands(
                 found, right = _count_correct(logits, targets)
                 counts[i] += found
                 answers[i].append(right.cpu())
-    if dist.is_available() and dist.is_initialized():
-        dist.all_reduce(counts)
+    counts = torch.stack(gathered(counts.cpu())).sum(0)
     if counts[0, 2] == 0:
         raise UserError('There is no image to evaluate.')
     for band, (_, _, count, broken) in zip(bands, counts.tolist(), strict=True):

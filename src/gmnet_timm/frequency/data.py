@@ -71,7 +71,6 @@ def read_picture(
         channels: int,
         *,
         name: str | None = None,
-        max_pixels: int = MAX_PIXELS,
 ) -> Image.Image | torch.Tensor:
     """Read one picture, upright as browsers and telephones show it.
 
@@ -82,7 +81,6 @@ def read_picture(
             (H, W), uint8 or floats from 0 to 1, for numbers of channels that image files do not have.
         channels: Channels of the model.
         name: What to call it in errors, by default the name of the file.
-        max_pixels: Refuse a larger picture before it is decoded.
 
     Returns:
         An image of the mode `image_mode(channels)`, or for an array a tensor (C, H, W), 0 to 1.
@@ -94,19 +92,19 @@ def read_picture(
         if isinstance(source, (str, Path)):
             name = name or Path(source).name
             with open(source, 'rb') as opened_here:
-                return read_picture(opened_here, channels, name=name, max_pixels=max_pixels)
+                return read_picture(opened_here, channels, name=name)
         name = name or 'The picture'
         file: BinaryIO = io.BytesIO(source) if isinstance(source, bytes) else source
         is_array = file.read(6) == b'\x93NUMPY'
         file.seek(0)
         if is_array:
-            return _read_array(file, name, channels, max_pixels)
+            return _read_array(file, name, channels)
         mode = image_mode(channels)
         with warnings.catch_warnings():
             warnings.simplefilter('ignore', Image.DecompressionBombWarning)  # the limit here is our own
             opened = Image.open(file, formats=FORMATS)
         with opened:
-            _check_pixels(name, *opened.size, max_pixels)
+            _check_pixels(name, *opened.size)
             upright = ImageOps.exif_transpose(opened)
             upright.format = opened.format
             return to_mode(upright, mode)
@@ -121,24 +119,20 @@ def read_picture(
         raise UserError(f'{name} cannot be read as an image: {e}.') from e
 
 
-def prepare_picture(
-        picture: Image.Image | torch.Tensor,
-        data_config: dict[str, Any],
-        max_pixels: int = MAX_PIXELS,
-) -> torch.Tensor:
+def prepare_picture(picture: Image.Image | torch.Tensor, data_config: dict[str, Any]) -> torch.Tensor:
     """A picture from `read_picture` as a model takes it, by timm's evaluation preprocessing, (1, C, H, W).
 
     Raises:
-        UserError: Resized, it would have more than `max_pixels`: timm fits the shorter side of a picture.
+        UserError: Resized, it would have more than `MAX_PIXELS`: timm fits the shorter side of a picture.
     """
     width, height = picture.size if isinstance(picture, Image.Image) else (picture.shape[2], picture.shape[1])
     if data_config.get('crop_mode') not in ('squash', 'border'):
         scale = max(side / data_config['crop_pct'] / given for side, given in zip(
             data_config['input_size'][1:], (height, width)))
-        if max(1., scale) ** 2 * width * height > max_pixels:
+        if max(1., scale) ** 2 * width * height > MAX_PIXELS:
             raise UserError(
                 f'A picture of {width}x{height} pixels is too narrow: its shorter side is resized to '
-                f'{data_config["input_size"][1]} pixels and more, which makes it larger than {max_pixels / 1e6:.3g} '
+                f'{data_config["input_size"][1]} pixels and more, which makes it larger than {MAX_PIXELS / 1e6:.3g} '
                 'million pixels. Cut it first.')
     return create_transform(**data_config, is_training=False)(picture)[None]
 
@@ -149,7 +143,7 @@ def to_pixels(images: torch.Tensor, data_config: dict[str, Any]) -> torch.Tensor
     return images * std + mean
 
 
-def _read_array(file: BinaryIO, name: str, channels: int, max_pixels: int) -> torch.Tensor:
+def _read_array(file: BinaryIO, name: str, channels: int) -> torch.Tensor:
     version = np.lib.format.read_magic(file)
     readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     if version not in readers:
@@ -158,7 +152,7 @@ def _read_array(file: BinaryIO, name: str, channels: int, max_pixels: int) -> to
     size = (*shape, 1) if len(shape) == 2 else shape
     if len(size) != 3 or size[-1] != channels:
         raise UserError(f'{name} has the shape {shape}, the model takes (height, width, {channels}).')
-    _check_pixels(name, size[1], size[0], max_pixels)
+    _check_pixels(name, size[1], size[0])
     if dtype != np.uint8 and not np.issubdtype(dtype, np.floating):
         raise UserError(f'{name} must hold uint8, or floats from 0 to 1.')
     file.seek(0)
@@ -170,10 +164,10 @@ def _read_array(file: BinaryIO, name: str, channels: int, max_pixels: int) -> to
     return torch.from_numpy(np.ascontiguousarray(array.transpose(2, 0, 1), dtype=np.float32))
 
 
-def _check_pixels(name: str, width: int, height: int, most: int) -> None:
-    if width * height > most:
+def _check_pixels(name: str, width: int, height: int) -> None:
+    if width * height > MAX_PIXELS:
         raise UserError(
-            f'{name} has {width}x{height} pixels, {width * height / 1e6:.3g} million. At most {most / 1e6:.3g} '
+            f'{name} has {width}x{height} pixels, {width * height / 1e6:.3g} million. At most {MAX_PIXELS / 1e6:.3g} '
             'million are taken: make it smaller first.')
 
 
@@ -384,8 +378,6 @@ def _split_folder(root: Path, split: str | None) -> Path:
 
 def _count_ignored(root: str) -> int:
     """Files that PIL reads by their extension and timm's image folder does not."""
-    if not Path(root).is_dir():
-        return 0
     Image.init()
     others = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN} - set(get_img_extensions())
     return sum(

@@ -163,10 +163,6 @@ def group_rows(labels: Sequence[str], rows: Sequence[Sequence[Mapping[str, Any]]
     return grouped
 
 
-def _rows_of(path: Path) -> list[dict[str, str]]:
-    return read_csv(path) if path.is_file() else []
-
-
 def evaluate_runs(
         runs: Sequence[Path],
         settings: EvalSettings,
@@ -187,7 +183,7 @@ def evaluate_runs(
     Returns:
         The rows for these runs and settings, in order of runs and epochs.
     """
-    rows = _rows_of(path)
+    rows = read_csv(path) if path.is_file() else []
     wanted = []
     for run in runs:
         args = read_args(run / ARGS_NAME)

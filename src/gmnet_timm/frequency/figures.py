@@ -8,16 +8,14 @@ from typing import Any
 
 import torch
 
-from gmnet_timm.errors import UserError
+from gmnet_timm.errors import UserError, require
 from gmnet_timm.files import replacing
 from gmnet_timm.frequency.amplitude import LogAmplitude
 from gmnet_timm.frequency.answers import ScanPoint
 from gmnet_timm.frequency.bands import BANDS, Band, BandAccuracy
-from gmnet_timm.frequency.extras import require_matplotlib
 from gmnet_timm.frequency.heatmap import HeatmapPoint
 from gmnet_timm.frequency.plots import (
     LINES,
-    band_title,
     displayable,
     plot_accuracy,
     plot_gain,
@@ -245,7 +243,8 @@ def draw_image_panel(
         axis = axes[0][0] if band.radius is None else axes[kinds.index(band.kind)][columns[band.kind].index(band) + 1]
         shown, note = displayable(pixels, band.kind)
         axis.imshow(shown, cmap='gray', vmin=0, vmax=1)
-        axis.set_title(band_title(band) + note, fontsize=10)
+        radius = '' if band.radius is None else f', r = {str(band).partition(" ")[2]}'
+        axis.set_title(band.kind + radius + note, fontsize=10)
         axis.set_xlabel('\n'.join(f'{name} {100 * confidence:.0f} %' for name, confidence in lines), fontsize=9)
         axis.set_xticks([])
         axis.set_yticks([])
@@ -345,11 +344,8 @@ def figure_svg(figure: Any, crop: bool = True) -> str:
 
 
 def new_figure(rows: int, columns: int, width: float, height: float, **kwargs: Any):
-    require_matplotlib()
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    figure = Figure(figsize=(max(5., width * columns), height * rows + .9), layout='constrained')
-    FigureCanvasAgg(figure)  # no window, whatever the environment
+    figure = require('matplotlib.figure', 'freq').Figure(  # has no window, whatever the environment
+        figsize=(max(5., width * columns), height * rows + .9), layout='constrained')
     return figure, figure.subplots(rows, columns, squeeze=False, **kwargs)
 
 

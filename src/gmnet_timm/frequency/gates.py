@@ -15,7 +15,7 @@ def find_gates(model: nn.Module, x: torch.Tensor | None = None) -> dict[str, Fou
     SwiGLU and gMLP, whoever wrote them, and in feature extractors and torch.fx graphs of these. See `find_products` for
     the arguments, the names, and what is not found.
     """
-    return {name: product for name, product in find_products(model, x).items() if product.is_gate}
+    return {name: product for name, product in find_products(model, x).items() if product.kind == 'gate'}
 
 
 def find_products(model: nn.Module, x: torch.Tensor | None = None) -> dict[str, FoundProduct]:

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 
 import torch
 
+from gmnet_timm.errors import require
+
 __all__ = ['normal_interval', 'student_interval', 'wilson_interval']
 
 
-def wilson_interval(correct: int, count: int, z: float = 1.959964) -> tuple[float, float]:
+def wilson_interval(correct: int, count: int) -> tuple[float, float]:
     """Wilson's interval of a proportion: 95 % of such intervals contain the true proportion.
 
     The images count as a random sample.
@@ -16,12 +18,11 @@ def wilson_interval(correct: int, count: int, z: float = 1.959964) -> tuple[floa
     Args:
         correct: Number of successes.
         count: Number of trials.
-        z: Quantile of the normal distribution, by default for 95 %.
 
     Returns:
         Lower and upper bound, from 0 to 1.
     """
-    p = correct / count
+    p, z = correct / count, 1.959964
     centre = (p + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * (p * (1 - p) / count + z * z / (4 * count * count)) ** .5
     return max(0., centre - half), min(1., centre + half)
@@ -29,11 +30,10 @@ def wilson_interval(correct: int, count: int, z: float = 1.959964) -> tuple[floa
 
 def student_interval(values: Sequence[float]) -> tuple[float, float, float]:
     """Mean of a quantity over trainings, and the bounds of Student's 95 % interval, NaN for one training."""
-    from scipy.stats import t
-
     mean = statistics.fmean(values)
     if len(values) == 1:
         return mean, math.nan, math.nan
+    t = require('scipy.stats', 'freq').t
     half = float(t.ppf(.975, len(values) - 1)) * statistics.stdev(values) / math.sqrt(len(values))
     return mean, mean - half, mean + half
 

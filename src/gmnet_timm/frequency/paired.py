@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gmnet_timm.errors import UserError
+from gmnet_timm.errors import UserError, require
 from gmnet_timm.frequency.bands import BandAccuracy
 
 __all__ = ['PairedDifference', 'compare_bands', 'paired_difference']
@@ -34,15 +34,15 @@ class PairedDifference:
     @property
     def p_value(self) -> float:
         """Of McNemar's exact test, two-sided: how likely the two numbers are so far apart by chance."""
-        from scipy.stats import binomtest
+        stats = require('scipy.stats', 'freq')
         discordant = self.only_model + self.only_baseline
-        return float(binomtest(self.only_model, discordant).pvalue) if discordant else 1.
+        return float(stats.binomtest(self.only_model, discordant).pvalue) if discordant else 1.
 
-    def interval(self, z: float = 1.959964) -> tuple[float, float]:
+    def interval(self) -> tuple[float, float]:
         """Bounds of the 95 % interval of the difference in percentage points (adjusted Wald, Bonett & Price 2012)."""
         model, baseline = ((n + 1) / (self.count + 2) for n in (self.only_model, self.only_baseline))
         centre = model - baseline
-        half = z * math.sqrt((model + baseline - centre ** 2) / (self.count + 2))
+        half = 1.959964 * math.sqrt((model + baseline - centre ** 2) / (self.count + 2))
         return 100 * max(-1., centre - half), 100 * min(1., centre + half)
 
     def as_row(self) -> dict[str, Any]:

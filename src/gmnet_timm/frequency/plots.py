@@ -8,18 +8,16 @@ from typing import Any
 
 import torch
 
-from gmnet_timm.errors import UserError
+from gmnet_timm.errors import UserError, require
 from gmnet_timm.frequency.amplitude import LogAmplitude
 from gmnet_timm.frequency.answers import ScanPoint
-from gmnet_timm.frequency.bands import Band
-from gmnet_timm.frequency.extras import require_matplotlib
 from gmnet_timm.frequency.heatmap import HeatmapPoint, radial_summary
 from gmnet_timm.frequency.sensitivity import Sensitivity
 from gmnet_timm.frequency.signals import SIGNAL_NAMES, LayerSpectrum
 from gmnet_timm.frequency.split import bin_power, modes_per_bin, radial_power_spectrum
 
 __all__ = [
-    'LINES', 'band_title', 'displayable', 'plot_accuracy', 'plot_gain', 'plot_heatmap', 'plot_image_spectrum',
+    'LINES', 'displayable', 'plot_accuracy', 'plot_gain', 'plot_heatmap', 'plot_image_spectrum',
     'plot_log_amplitude', 'plot_radial_error', 'plot_scan', 'plot_sensitivity', 'plot_spectrum', 'radius_axis',
 ]
 
@@ -256,11 +254,6 @@ def radius_axis(ax: Any, largest: int) -> None:
     ax.tick_params(labelsize=8)
 
 
-def band_title(band: Band) -> str:
-    """What frequencies a picture has, for its title."""
-    return band.kind if band.radius is None else f'{band.kind}, r = {str(band).partition(" ")[2]}'
-
-
 def displayable(pixels: torch.Tensor, kind: str) -> tuple[Any, str]:
     """Pixels as matplotlib and PIL take them, 0…1, and a note for the title.
 
@@ -287,11 +280,7 @@ def displayable(pixels: torch.Tensor, kind: str) -> tuple[Any, str]:
 
 
 def _own(ax: Any) -> Any:
-    if ax is not None:
-        return ax
-    require_matplotlib()
-    from matplotlib import pyplot
-    return pyplot.subplots(layout='constrained')[1]
+    return require('matplotlib.pyplot', 'freq').subplots(layout='constrained')[1] if ax is None else ax
 
 
 def _log_line(ax: Any, values: torch.Tensor, **style: Any) -> None:

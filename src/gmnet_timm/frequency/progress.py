@@ -41,8 +41,3 @@ def _in_lines(items: Iterable[T], title: str, unit: str) -> Iterator[T]:
         if now - said >= SECONDS:
             said = now
             print(f'{title}: {unit} {i + 1}{total}, {now - start:.0f} s', file=sys.stderr, flush=True)
-
-
-def log_line(line: str) -> None:
-    """Print a line at once, also into a pipe or a file."""
-    print(line, flush=True)

@@ -22,7 +22,7 @@ __all__ = [
 def format_table(reports: Sequence[dict[str, Any]]) -> str:
     """Top-1 in the layout of the paper's tables with the bounds of Wilson's interval, and below it what was chosen."""
     rows = [_sorted_results(report) for report in reports]
-    heads = [' '.join(filter(None, [row['band'], _radii(row)])) for row in rows[0]]
+    heads = [f'{row["band"]} {"-".join(filter(None, [row["inner_radius"], row["radius"]]))}'.strip() for row in rows[0]]
     width = max(len('top-1 % (95 %)'), *(len(report['name']) for report in reports))
     lines = [f'{"top-1 % (95 %)":<{width}}' + ''.join(f'  {head:>16}' for head in heads)]
     for report, results in zip(reports, rows, strict=True):
@@ -96,10 +96,6 @@ def _sorted_results(report: dict[str, Any]) -> list[dict[str, Any]]:
     return sorted(report['results'], key=lambda row: order.index(row['band']))  # stable: radii stay in their order
 
 
-def _radii(row: dict[str, Any]) -> str:
-    return '-'.join(filter(None, [row['inner_radius'], row['radius']]))
-
-
 def _describe_data(report: dict[str, Any]) -> str:
     config = report['data_config']
     height, width = config['input_size'][1:]
@@ -138,11 +134,11 @@ def csv_text(rows: Sequence[dict[str, Any]]) -> str:
     return text.getvalue()
 
 
-def write_csv(rows: Sequence[dict[str, Any]], path: Path, force: bool = True) -> None:
+def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Write rows, the columns of the first one first. The file is complete or the old one at any time."""
-    write_text(path, csv_text(rows), force=force)
+    write_text(path, csv_text(rows))
 
 
-def write_json(data: Any, path: Path, force: bool = True) -> None:
+def write_json(data: Any, path: Path) -> None:
     """Write JSON. The file is complete or the old one at any time."""
-    write_text(path, json.dumps(data, indent=2) + '\n', force=force)
+    write_text(path, json.dumps(data, indent=2) + '\n')

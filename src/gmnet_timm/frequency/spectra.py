@@ -1,5 +1,6 @@
 """Radial power spectra of a model's features: before and after its modules, and of both operands of its gates."""
 import contextlib
+import dataclasses
 import fnmatch
 import itertools
 import logging
@@ -92,25 +93,20 @@ def _block_patterns(matcher: dict[str, Any]) -> list[str]:
     return [pattern for pattern, place in entries if place is None and r'\d' in pattern]
 
 
-def list_layers(
-        model: nn.Module,
-        images: torch.Tensor,
-        kinds: Sequence[str] = ('gate', 'activation'),
-) -> list[tuple[str, str]]:
-    """What `layer_spectra` can look at: the products of these kinds that hold maps, then the blocks.
+def list_layers(model: nn.Module, images: torch.Tensor) -> list[tuple[str, str]]:
+    """What `layer_spectra` can look at: gates and activations that hold maps, then the blocks.
 
     Args:
         model: As for `layer_spectra`.
         images: Normalised images (B, C, H, W), on the device of the model.
-        kinds: As for `layer_spectra`.
 
     Returns:
         Name and kind of each, 'module' for blocks, in the model's order.
     """
     model = uncompiled(model)
     with evaluation_mode(model):
-        found = trace(model, images, activations='activation' in kinds)
-    products = _chosen_products(found, kinds, None)
+        found = trace(model, images, activations=True)
+    products = _chosen_products(found, ('gate', 'activation'), None)
     return [
         *((name, product.kind) for name, product in products.items()),
         *((name, 'module') for name in find_blocks(model, found)[0])]
@@ -149,7 +145,7 @@ def layer_spectra(
         layout: 'NCHW', 'NHWC', 'NLC' or 'NCL' where the layout of the named modules is known better than it is found.
         window: None or 'hann', as for `radial_power_spectrum`.
         channels: Look at this many channels of each map, evenly spaced, None for all. Spectra of all channels can cost
-            more than the passes that they watch; `Signal.ratio_error` says what the choice costs in accuracy.
+            more than the passes that they watch; `Signal.high_error` says what the choice costs in accuracy.
         alias_images: Number of images for aliased energy, 0 for none.
         show_progress: Show how far it is.
         on_maps: Takes the maps (B, C, H, W) that spectra are made of, for pictures of them, with the names of the layer
@@ -237,7 +233,7 @@ class _Watcher:
 
     def portable(self) -> list[GateTally | ModuleTally]:
         """What was seen, as another process can take it."""
-        return [*(tally.without_function() for tally in self.gates.values()), *self.modules.values()]
+        return [*(dataclasses.replace(tally, function=None) for tally in self.gates.values()), *self.modules.values()]
 
     def results(self, parts: Sequence[list[GateTally | ModuleTally]]) -> list[LayerSpectrum]:
         """Of all processes."""
@@ -291,8 +287,6 @@ def module_layouts(
         if not hits and pattern not in called:
             raise UserError(f'The model has no module {pattern}. There are {listed(existing[1:])}.')
     layouts: dict[tuple[str, str], Layout] = {}
-    if not patterns:
-        return layouts
     for name in _match(patterns, called, 'module'):
         for side in ('input', 'output'):
             found_layout = found.modules.get((name, side))

@@ -1,6 +1,5 @@
 """What is measured of layers, batch by batch and process by process, until it becomes a `LayerSpectrum`."""
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -64,15 +63,11 @@ class Tally:
             plain = total if window is None else power_spectrum(maps).sum(0).double().cpu()
             self.spectrum = self.spectrum + plain
 
-    def moments(self) -> tuple[float, float]:
-        """Mean over images, channels and positions of the values and of their squares."""
+    def std(self) -> float:
+        """Standard deviation over images, channels and positions."""
         count = self.channels * sum(map(len, self.power))
         square = bin_power(self.spectrum, *self.layout.size).sum().item()  # Parseval
-        return self.mean.sum().item() / count, square / count
-
-    def std(self) -> float:
-        mean, square = self.moments()
-        return math.sqrt(max(0., square - mean ** 2))
+        return math.sqrt(max(0., square / count - (self.mean.sum().item() / count) ** 2))
 
     def signal(self) -> Signal:
         power = torch.cat(self.power)
@@ -197,10 +192,6 @@ class GateTally:
             whole._add_ends(part.ends, *part.clipped)
         return whole
 
-    def without_function(self) -> 'GateTally':
-        """As another process can take it."""
-        return dataclasses.replace(self, function=None)
-
     def result(self, name: str) -> LayerSpectrum:
         if not next(iter(self.signals.values())).power:
             raise UserError(f'The gate {name} did not run in the last passes: the model does not always do the same.')
@@ -267,18 +258,13 @@ def _function_of(product: Product) -> Callable[[torch.Tensor], torch.Tensor] | N
         return product.function
     if _is_same(product.gate, product.value):
         return torch.square
-    if _is_same(product.pre_gate, product.value) and product.function is not None:
-        return functools.partial(_gated, product.function)
-    return None
+    function = product.function
+    return (lambda x: function(x) * x) if function is not None and _is_same(product.pre_gate, product.value) else None
 
 
 def _is_same(x: torch.Tensor | None, y: torch.Tensor) -> bool:
     """True for the same values in memory, such as two views of one tensor."""
     return x is not None and (x.data_ptr(), x.shape, x.stride()) == (y.data_ptr(), y.shape, y.stride())
-
-
-def _gated(function: Any, x: torch.Tensor) -> torch.Tensor:
-    return function(x) * x
 
 
 def _energy_on_a_finer_grid(gate: torch.Tensor, value: torch.Tensor, function: Any) -> tuple[float, float]:

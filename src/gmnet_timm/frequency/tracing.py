@@ -62,18 +62,11 @@ class FoundProduct:
         kind: 'gate' where both operands have an entry per position and channel. 'attention' where one was broadcast,
             such as the channel weights of squeeze-and-excitation, a map of attention, or the reciprocal standard
             deviation of a norm. 'activation' for one that was read as a gate, on request.
-        shape: Of the product, for the input that the model was run on.
         layouts: Of gate, value and product; None where it does not hold maps, or layouts were not looked for.
     """
 
     kind: str
-    shape: tuple[int, ...]
     layouts: tuple[Layout | None, Layout | None, Layout | None] = (None, None, None)
-
-    @property
-    def is_gate(self) -> bool:
-        """Both operands have an entry per position and channel."""
-        return self.kind == 'gate'
 
 
 @dataclasses.dataclass
@@ -130,7 +123,7 @@ def trace(model: nn.Module, images: torch.Tensor, *, activations: bool = False, 
         gate, value, result = (layout(x) for x in (product.gate, product.value, product.product))
         if product.kind != 'attention':  # nothing is broadcast: what is known of one entry holds for all three
             gate = value = result = gate or value or result
-        found.products[product.name] = FoundProduct(product.kind, tuple(product.product.shape), (gate, value, result))
+        found.products[product.name] = FoundProduct(product.kind, (gate, value, result))
 
     def on_module(name: str, side: str, x: torch.Tensor) -> None:
         found.modules[name, side], found.shapes[name, side] = layout(x), x.shape
@@ -185,12 +178,9 @@ def watch_modules(
         if x is not None:
             on_module(_numbered(name, calls[name]), 'output', x)
 
-    def restart(*_: Any) -> None:
-        calls.clear()
-
     with contextlib.ExitStack() as stack:
         # each pass of the whole model counts anew
-        stack.callback(model.register_forward_pre_hook(restart, prepend=True).remove)
+        stack.callback(model.register_forward_pre_hook(lambda *_: calls.clear(), prepend=True).remove)
         for name in names:
             module = modules[name]
             handle = module.register_forward_pre_hook(functools.partial(enter, name), with_kwargs=True)

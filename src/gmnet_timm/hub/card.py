@@ -65,11 +65,9 @@ def model_card(
         tags=list(TAGS),
         datasets=list(train_datasets) or None,
         metrics=['accuracy'] if publication.metrics else None,
-        model_name=name,
+        model_name=name if publication.metrics else None,  # alone it would name an empty model-index
         eval_results=[_eval_result(metric, publication, train_datasets) for metric in publication.metrics] or None,
     )
-    if not publication.metrics:
-        data.model_name = None  # it would only name an empty model-index
     sections = [
         f'# {_text(name)}\n\n{_description(publication)}',
         f'## Model\n\n{_facts(publication, model)}',

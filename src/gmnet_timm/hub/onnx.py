@@ -2,7 +2,6 @@
 
 The two files have the names and the form that transformers.js expects.
 """
-import importlib
 import json
 import math
 from pathlib import Path
@@ -16,7 +15,7 @@ from timm.data.transforms import str_to_pil_interp
 from timm.utils import reparameterize_model
 from torch import nn
 
-from gmnet_timm.errors import MissingExtraError, UserError
+from gmnet_timm.errors import UserError, require
 
 __all__ = [
     'ONNX_NAME', 'PREPROCESSOR_NAME', 'find_difference', 'prepare', 'preprocessor_config', 'require_onnx', 'write_onnx',
@@ -28,7 +27,7 @@ IMAGES, LOGITS = 'pixel_values', 'logits'  # names of input and output
 
 # Relative to the norm of the logits. The order of sums alone made up to 8e-7 (docs/ecosystem.md).
 _TOLERANCE = 1e-5
-_SCALES = (1., 8., 64.)  # of normal noise, see proof.py
+_SCALES = (1., 8., 64.)  # of normal noise, see loading.py
 # The steps that `prepare` takes. transformers.js leaves out those that are not switched on.
 _STEPS = {'do_convert_rgb', 'do_resize', 'do_center_crop', 'do_rescale', 'do_normalize'}
 
@@ -40,10 +39,7 @@ def require_onnx(*modules: str) -> None:
         MissingExtraError: One of them is not installed.
     """
     for module in modules or ('onnx', 'onnxscript', 'onnxruntime'):
-        try:
-            importlib.import_module(module)
-        except ImportError as e:
-            raise MissingExtraError(module, 'onnx') from e
+        require(module, 'onnx')
 
 
 def write_onnx(model: nn.Module, data_config: dict[str, Any], folder: Path) -> None:

@@ -4,7 +4,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from gmnet_timm.errors import MissingExtraError, UserError, listed, printable, shown
+from gmnet_timm.errors import UserError, listed, printable, require, shown
 from gmnet_timm.files import replacing
 from gmnet_timm.training.recipe import RECIPES, Layout, load_recipe
 from gmnet_timm.weights.runs import ARGS_NAME, Epoch, TrainingRun, is_finite
@@ -127,11 +127,7 @@ def plot_run(run: TrainingRun, path: str | Path) -> None:
     """
     if not run.epochs:
         raise UserError(f'{run.path} has no complete epoch in summary.csv, so there is nothing to draw.')
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise MissingExtraError('matplotlib', 'plot') from e
-    figure = Figure(figsize=(6, 8), layout='constrained')
+    figure = require('matplotlib.figure', 'plot').Figure(figsize=(6, 8), layout='constrained')
     loss, top1, lr = figure.subplots(3, sharex=True)
     epochs = [e.epoch for e in run.epochs]
     loss.plot(epochs, [_number(e.train_loss) for e in run.epochs], label='training')

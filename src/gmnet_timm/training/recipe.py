@@ -16,7 +16,7 @@ from gmnet_timm.errors import UserError
 from gmnet_timm.weights.runs import read_yaml
 
 __all__ = [
-    'RECIPES', 'Layout', 'RecipeError', 'compose_recipe', 'global_batch_size', 'launch_commands', 'load_recipe',
+    'RECIPES', 'Layout', 'compose_recipe', 'global_batch_size', 'launch_commands', 'load_recipe',
     'plan_finetuning', 'plan_layout', 'run_name', 'slurm_script',
 ]
 
@@ -30,10 +30,6 @@ _MAX_NUMBER = 1_000_000
 # MiB that a training keeps per image of 224 pixels in float32; tests/test_gmnet_memory.py counts them
 _KEPT_MIB = {'gmnet_s1': 48, 'gmnet_s2': 54, 'gmnet_s3': 79, 'gmnet_s4': 120}
 _UPDATES = 1000  # that a fine-tuning aims at, within 5 to 100 epochs
-
-
-class RecipeError(UserError, ValueError):
-    """A recipe that cannot be composed as asked."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +56,8 @@ class Layout:
     @property
     def per_process(self) -> str:
         """The factors that do not depend on the world size."""
-        return f'batch size {self.batch_size} x {_number_of(self.grad_accum_steps, "gradient accumulation step")}'
+        steps = self.grad_accum_steps
+        return f'batch size {self.batch_size} x {steps} gradient accumulation step{"s" * (steps != 1)}'
 
     def __str__(self) -> str:
         return f'world size {self.world_size} x {self.per_process} = global batch size {self.global_batch_size}'
@@ -86,20 +83,20 @@ def plan_layout(
         scale_lr: Accept any global batch size, the learning rates will follow it. `grad_accum_steps` is 1 unless given.
 
     Raises:
-        RecipeError: The global batch size cannot be reached exactly. The message names the nearest that can.
+        UserError: The global batch size cannot be reached exactly. The message names the nearest that can.
     """
     numbers = (world_size, batch_size, nodes, 1 if grad_accum_steps is None else grad_accum_steps)
     if min(numbers) < 1 or max(numbers) > _MAX_NUMBER:
-        raise RecipeError(
+        raise UserError(
             f'GPUs, nodes, batch size and gradient accumulation steps are whole numbers from 1 to {_MAX_NUMBER:,}.')
     if world_size % nodes:
-        raise RecipeError(
+        raise UserError(
             f'{world_size} GPUs cannot be spread evenly over {nodes} nodes: --gpus counts those of all nodes.')
     if scale_lr:
         return Layout(world_size, batch_size, grad_accum_steps or 1, nodes)
     layout = Layout(world_size, batch_size, grad_accum_steps or max(1, total // (world_size * batch_size)), nodes)
     if layout.global_batch_size != total:
-        raise RecipeError(f'{layout}, not {total}. {_proposal(layout, total)}')
+        raise UserError(f'{layout}, not {total}. {_proposal(layout, total)}')
     return layout
 
 
@@ -119,12 +116,12 @@ def plan_finetuning(model: str, memory_gb: float, images: int | None = None, img
         Values of the recipe.
 
     Raises:
-        RecipeError: Not even a batch of 8 fits.
+        UserError: Not even a batch of 8 fits.
     """
     kept = _KEPT_MIB.get(model, max(_KEPT_MIB.values())) * (img_size / 224) ** 2
     most = min(256., .5 * memory_gb * 1e9 / 2 ** 20 / kept)
     if most < 8:
-        raise RecipeError(f'{memory_gb:g} GB do not hold a batch of 8 images of {img_size} pixels: use smaller images '
+        raise UserError(f'{memory_gb:g} GB do not hold a batch of 8 images of {img_size} pixels: use smaller images '
                           '(--img-size), or state the batch (--batch-size).')
     if images is None:
         return dict(batch_size=1 << int(math.log2(most)))
@@ -137,10 +134,10 @@ def global_batch_size(recipe: str) -> int:
     """Global batch size that a recipe's learning rates are for.
 
     Raises:
-        RecipeError: There is no such recipe.
+        UserError: There is no such recipe.
     """
     if recipe not in RECIPES:
-        raise RecipeError(f'There is no recipe {recipe}. Recipes: {", ".join(RECIPES)}.')
+        raise UserError(f'There is no recipe {recipe}. Recipes: {", ".join(RECIPES)}.')
     return RECIPES[recipe]
 
 
@@ -170,7 +167,7 @@ def compose_recipe(model: str, layout: Layout, recipe: str = 'imagenet', **value
         The recipe's YAML with its comments.
 
     Raises:
-        RecipeError: A value for something that the recipe does not set.
+        UserError: A value for something that the recipe does not set.
     """
     text = _recipe_path(recipe).read_text(encoding='utf-8')
     values.update(model=model, batch_size=layout.batch_size, grad_accum_steps=layout.grad_accum_steps)
@@ -224,7 +221,6 @@ def slurm_script(
         run: str,
         data_dir: str | None = None,
         recipe: str = 'imagenet',
-        workers: int = 8,
 ) -> str:
     """A Slurm batch script that trains on the layout's nodes and, queued again, resumes after the last epoch.
 
@@ -234,7 +230,6 @@ def slurm_script(
         run: Name of the run folder, below `runs`, and of the job.
         data_dir: As for `launch_commands`.
         recipe: A key of `RECIPES`.
-        workers: CPU processes that load images for each GPU.
     """
     per_node = layout.world_size // layout.nodes
     checkpoint = shlex.quote(f'runs/{run}/last.pth.tar')
@@ -244,7 +239,7 @@ def slurm_script(
 #SBATCH --nodes={layout.nodes}
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node={per_node}
-#SBATCH --cpus-per-task={per_node * (workers + 1)}
+#SBATCH --cpus-per-task={9 * per_node}
 #SBATCH --output=%x-%j.log
 #SBATCH --requeue
 # At most what your partition allows. A job that ends here resumes when this script is queued again.
@@ -278,7 +273,7 @@ def _set_value(text: str, key: str, value: Any) -> str:
     line = re.compile(rf'^{re.escape(key)}:[^#\n]*?(?=\s*(#|$))', re.MULTILINE)
     text, found = line.subn(lambda _: f'{key}: {scalar}', text)
     if found != 1:
-        raise RecipeError(f'The recipe does not set {key}.')
+        raise UserError(f'The recipe does not set {key}.')
     return text
 
 
@@ -318,7 +313,3 @@ def _around(number: int, candidates: list[int]) -> list[int]:
     below = [c for c in candidates if c < number]
     above = [c for c in candidates if c > number]
     return sorted(below[-1:] + above[:1], key=lambda c: abs(c - number))
-
-
-def _number_of(number: int, what: str) -> str:
-    return f'{number} {what}' + ('' if number == 1 else 's')

@@ -51,10 +51,9 @@ def _names_of_folder(path: Path, run_args: dict[str, Any]) -> list[str]:
     if dataset not in ('', 'torch/image_folder', 'torch/folder'):
         raise UserError(f'The run took its classes in the order of the dataset {dataset[:100]}. {advice}')
     try:
-        indices = class_names_of(create_dataset(dataset, root=str(path), split='train'))
+        return class_names_of(create_dataset(dataset, root=str(path), split='train'))
     except RuntimeError as e:
         raise UserError(f'No class names in {path}: {e}') from e
-    return indices
 
 
 def class_names_of(dataset: Any) -> list[str]:

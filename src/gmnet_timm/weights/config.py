@@ -18,7 +18,7 @@ from gmnet_timm.errors import UserError
 
 __all__ = [
     'CARD_NAME', 'CONFIG_NAME', 'LOCATION_KEYS', 'REQUEST_ERRORS', 'WEIGHTS_NAMES', 'WEIGHTS_NAME', 'Config',
-    'download_repository', 'hub_repository', 'offline_without_address', 'read_config', 'read_hub_config', 'read_text',
+    'download_repository', 'offline_without_address', 'read_config', 'read_hub_config', 'read_text',
 ]
 
 WEIGHTS_NAME = 'model.safetensors'
@@ -142,14 +142,9 @@ def _refuse_constant(name: str) -> float:
     raise ValueError(f'{name} is not a number in JSON')
 
 
-def hub_repository(name: str) -> tuple[str, str | None]:
-    """Repository and revision of a name such as hf-hub:OWNER/NAME@REVISION."""
-    return hf_split(name.partition(':')[2])
-
-
 def download_repository(name: str) -> Path:
     """The folder in the cache with weights, configuration and card of a repository."""
-    repo_id, revision = hub_repository(name)
+    repo_id, revision = hf_split(name.partition(':')[2])
     offline = not _is_known_host(constants.ENDPOINT)
     download = functools.partial(hf_hub_download, repo_id, revision=revision, local_files_only=offline)
     try:

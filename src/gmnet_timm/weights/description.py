@@ -220,7 +220,7 @@ def describe_tensors(state_dict: dict[str, torch.Tensor], name: str | None = Non
     """
     if name is not None and split_model_name_tag(name)[0] not in SIZES:
         return ModelDescription(name, _head_and_stem(name, state_dict), (ALL_ARGS,))
-    architecture = infer_architecture(state_dict, verify=False)
+    architecture = infer_architecture(state_dict)
     size = name or architecture.nearest_size
     args: dict[str, Any] = dict(in_chans=architecture.in_chans, num_classes=architecture.num_classes)
     if architecture.global_pool != 'avg':

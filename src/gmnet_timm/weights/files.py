@@ -182,8 +182,9 @@ def _read(path: Path) -> tuple[Any, dict[str, Any], str | None, Records | None]:
         if start.startswith(b'PK'):
             entries = _zip_entries(file)
             if all(name.endswith('.npy') for name in entries):
-                return {name.removesuffix('.npy'): _array(io.BytesIO(data)) for name, data in entries.items()}, {}, \
-                    'zip checksums', None
+                arrays = {name.removesuffix('.npy'): np.load(io.BytesIO(data), allow_pickle=False)
+                          for name, data in entries.items()}
+                return arrays, {}, 'zip checksums', None
             records = _records(entries)
             content, protection = _load_torch(_torch_archive(entries)), 'zip checksums'
         elif start.startswith(b'\x80'):
@@ -295,10 +296,6 @@ class _ArrayUnpickler(pickle.Unpickler):
         return super().find_class(module, name)
 
 
-def _array(file: BinaryIO) -> np.ndarray:
-    return np.load(file, allow_pickle=False)
-
-
 def _weights_key(content: Any, use_ema: bool) -> str | None:
     """Under which key the weights are, in timm's order. None for a bare state dict."""
     if not isinstance(content, dict):
@@ -342,7 +339,8 @@ def _check_values(state_dict: dict[str, torch.Tensor], file_size: int) -> None:
     """Refuse tensors that a file of this size cannot hold, or that training cannot produce."""
     # A view can be far larger than what it looks at, so this comes before any arithmetic.
     claimed = sum(value.numel() * value.element_size() for value in state_dict.values())
-    if claimed > max(file_size, sum(_storages(state_dict).values())):
+    storages = {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in state_dict.values()}
+    if claimed > max(file_size, sum(storages.values())):  # a compressed file is smaller than what it holds
         raise _DamageError(f'Its tensors claim {claimed:,} bytes, but the file has {file_size:,}')
     wrong = [f'{_shown(key)} {value.dtype}' for key, value in state_dict.items() if not (
         value.dtype == torch.int64 if key.endswith('num_batches_tracked') else value.dtype in _FLOAT_DTYPES)]
@@ -356,11 +354,6 @@ def _check_values(state_dict: dict[str, torch.Tensor], file_size: int) -> None:
     negative = [_shown(key) for key, (low, _) in extremes.items() if key.endswith('running_var') and low < 0]
     if negative:
         raise _DamageError(f'Negative variances in {listed(negative)}')
-
-
-def _storages(state_dict: dict[str, torch.Tensor]) -> dict[int, int]:
-    """Bytes of each storage: a compressed file is smaller than what it holds."""
-    return {value.untyped_storage().data_ptr(): value.untyped_storage().nbytes() for value in state_dict.values()}
 
 
 def _shown(key: Any) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import hf_hub_download
+from timm.models._hub import hf_split
 from torch import nn
 
 from gmnet_timm.errors import UserError
@@ -22,7 +23,6 @@ from gmnet_timm.weights.config import (
     WEIGHTS_NAMES,
     Config,
     download_repository,
-    hub_repository,
     offline_without_address,
     read_config,
     read_hub_config,
@@ -158,8 +158,9 @@ def read_source(
     run_args = _run_args(weights)
     base = _base_of(run_args, weights.path)
     statements = _statements(weights, config, run_args, base)
-    if name is not None and name not in {name_ for d in statements.values() for name_ in (d.name, d.size)}:
-        _refuse_other_name(name, statements)
+    if name is not None and statements and name not in {n for d in statements.values() for n in (d.name, d.size)}:
+        where, other = next(iter(statements.items()))
+        raise UserError(f'{where} says that this is a {other.name}, not a {name}.')
     description = _agreed(statements) if statements else _assumed(weights.path, state_dict, name)
     description = description.stated(model_kwargs or {})
     if description.is_gmnet:
@@ -178,7 +179,7 @@ def read_source(
     known = {**(described_by.pretrained_cfg if described_by else {}), **run_args}
     if not any(known.get(key) for key in RUN_KEYS) and not any((preprocessing or {}).values()):
         notes.append('The preprocessing was not recorded with these weights. That of the published models is taken.')
-    recorded = _in_chans(description), _base_cfg(description, described_by), run_args
+    recorded = int(description.full_args.get('in_chans') or 3), _base_cfg(description, described_by), run_args
     num_classes = int(description.full_args.get('num_classes') or 0)
     names = config.label_names if config is not None else None
     if class_names is not None:
@@ -384,11 +385,6 @@ def _assumed(path: Path, state_dict: dict[str, torch.Tensor], name: str | None) 
         raise CheckpointError(f'{path}: {e}{hint}') from e
 
 
-def _refuse_other_name(name: str, statements: dict[str, ModelDescription]) -> None:
-    for where, description in statements.items():
-        raise UserError(f'{where} says that this is a {description.name}, not a {name}.')
-
-
 def _assumption(description: ModelDescription) -> str:
     if description.is_gmnet:
         values = ', '.join(f'{key} {description.full_args[key]}' for key in description.assumed)
@@ -402,10 +398,6 @@ def _recorded_or_empty(recorded: tuple[int, dict[str, Any], dict[str, Any]]) -> 
         return resolve_preprocessing(*recorded)
     except UserError:
         return {}
-
-
-def _in_chans(description: ModelDescription) -> int:
-    return int(description.full_args.get('in_chans') or 3)
 
 
 def _base_cfg(description: ModelDescription, config: Config | None) -> dict[str, Any]:
@@ -428,7 +420,7 @@ def _check_recorded(name: str, model: nn.Module) -> None:
         path = Path(where, WEIGHTS_NAME)
     elif scheme in ('hf-hub', 'hf_hub'):
         with contextlib.suppress(OSError, ValueError):  # the repository has no such file
-            repo_id, revision = hub_repository(name)
+            repo_id, revision = hf_split(where)
             path = hf_hub_download(repo_id, WEIGHTS_NAME, revision=revision)
     recorded = read_outline(path)[0].get(SHA256_KEY) if path is not None and Path(path).is_file() else None
     if recorded is not None and recorded != weights_sha256(model.state_dict()):

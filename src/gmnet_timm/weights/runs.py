@@ -1,7 +1,7 @@
 """The reader of a run folder of timm's train.py: args.yaml, summary.csv and what its checkpoints say of themselves.
 
-Each file has a strict reader, which raises (`read_args`, `read_summary`). `read_run` reads the whole folder and turns
-what is missing, half written or damaged into notes, since this is mostly run on folders of killed runs.
+`read_args` and `read_summary_lines` raise. `read_run` reads the whole folder and turns what is missing, half written or
+damaged into notes, since this is mostly run on folders of killed runs.
 """
 import csv
 import dataclasses
@@ -17,7 +17,7 @@ from gmnet_timm.errors import UserError, listed, shown
 
 __all__ = [
     'ARGS_NAME', 'SUMMARY_NAME', 'Epoch', 'RunCheckpoint', 'TrainingRun', 'epoch_checkpoints', 'is_finite',
-    'read_args', 'read_run', 'read_summary', 'read_summary_lines', 'read_yaml', 'train_args',
+    'read_args', 'read_run', 'read_summary_lines', 'read_yaml', 'train_args',
 ]
 
 ARGS_NAME = 'args.yaml'
@@ -85,7 +85,6 @@ class RunCheckpoint:
         metric: What the run calls its `eval_metric`, None in recovery checkpoints.
         world_size: Number of processes that trained, one per GPU.
         ema: Whether it also holds EMA weights.
-        args: Arguments of train.py that it records, {} if it records none.
     """
 
     path: Path
@@ -93,7 +92,6 @@ class RunCheckpoint:
     metric: float | None
     world_size: int | None
     ema: bool
-    args: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,10 +115,6 @@ class TrainingRun:
     def count(self, name: str) -> int | None:
         """The argument `name` if it is a whole number from 0 on, else None."""
         return _count(self.args.get(name))
-
-    def epoch(self, number: int | None) -> Epoch | None:
-        """The line of an epoch in summary.csv, such as that of a checkpoint; None if there is none."""
-        return next((epoch for epoch in self.epochs if epoch.epoch == number), None)
 
     @property
     def eval_metric(self) -> str:
@@ -168,14 +162,6 @@ class TrainingRun:
                   for c in self.checkpoints if is_finite(c.metric)]
         return max(ranked, key=lambda r: r[:2])[2] if ranked else None
 
-    @property
-    def last_checkpoint(self) -> RunCheckpoint | None:
-        """The checkpoint of the last finished epoch, of equals last.pth.tar; None without any.
-
-        A recovery checkpoint, from within an epoch, is only taken if there is no other.
-        """
-        return max(self.checkpoints, key=_recency, default=None)
-
 
 def read_run(path: str | Path) -> TrainingRun:
     """Read a run folder of train.py, whatever state it is in.
@@ -201,7 +187,9 @@ def read_run(path: str | Path) -> TrainingRun:
         notes.append(str(e).removeprefix(f'{path}{os.sep}'))
     notes += _type_problems(args)
     try:
-        epochs, left_out = read_summary(path / SUMMARY_NAME)
+        lines, left_out = read_summary_lines(path / SUMMARY_NAME)
+        by_number = {epoch.epoch: epoch for epoch in lines}
+        epochs = tuple(by_number[number] for number in sorted(by_number))
         notes += left_out
     except UserError as e:
         notes.append(str(e).removeprefix(f'{path}{os.sep}'))
@@ -253,20 +241,6 @@ def read_yaml(path: str | Path) -> Any:
         problem, mark = getattr(e, 'problem', None), getattr(e, 'problem_mark', None)
         reason = f'{problem}, line {mark.line + 1}' if problem and mark else (str(e) or repr(e)).splitlines()[0]
         raise UserError(f'{path} cannot be read as YAML: {reason}') from e
-
-
-def read_summary(path: str | Path) -> tuple[tuple[Epoch, ...], list[str]]:
-    """Read a summary.csv: of a repeated epoch, the last line.
-
-    Returns:
-        The epochs in ascending order, and notes as by `read_summary_lines`.
-
-    Raises:
-        UserError: As by `read_summary_lines`.
-    """
-    lines, notes = read_summary_lines(path)
-    epochs = {epoch.epoch: epoch for epoch in lines}
-    return tuple(epochs[number] for number in sorted(epochs)), notes
 
 
 def read_summary_lines(path: str | Path) -> tuple[list[Epoch], list[str]]:
@@ -401,8 +375,7 @@ def _read_checkpoint(path: Path, notes: list[str]) -> RunCheckpoint | None:
         return None
     args = dict(getattr(content.get('args'), '__dict__', {}))
     epoch, metric, world_size = content.get('epoch'), content.get('metric'), args.get('world_size')
-    found = RunCheckpoint(
-        path, _count(epoch), _number(metric), _count(world_size), ema=ema, args=args)
+    found = RunCheckpoint(path, _count(epoch), _number(metric), _count(world_size), ema)
     stated = dict(epoch=epoch, metric=metric, world_size=world_size)
     unusable = [name for name, value in stated.items() if value is not None and getattr(found, name) is None]
     notes += [f'{path.name}: its {name} is not a usable number' for name in unusable]
