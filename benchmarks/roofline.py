@@ -69,7 +69,7 @@ def matmul_forwards(size: int, device: str, dtype: str, threads: int) -> dict[st
     """The same matmul in each runtime's library: which is fastest differs between machines, by a factor of two."""
     forwards = {}
     set_arithmetic(dtype)
-    matmul, x = nn.Linear(size, size, bias=False, device=device), torch.randn(size, size, device=device)
+    matmul, x = nn.Linear(size, size, bias=False, device=device).eval(), torch.randn(size, size, device=device)
     for name in ('eager', 'onnxruntime', 'openvino'):  # compiled, it is that of eager
         try:
             with torch.no_grad():

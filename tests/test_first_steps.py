@@ -2,8 +2,11 @@
 
 The steps between that need train.py and validate.py are run where TIMM_SCRIPTS names a checkout of timm.
 """
+import contextlib
+import io
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -15,6 +18,7 @@ import yaml
 
 pytest.importorskip('skimage')
 
+from gmnet_timm.cli.main import main
 from gmnet_timm.demo import PHOTOS, run_demo
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +36,13 @@ def folder(tmp_path_factory):
             shutil.copytree(folder / 'output' / 'demo' / 'data' / split / name, folder / 'data' / split / name)
     shutil.copy(next((folder / 'data' / 'validation' / 'coins').iterdir()), folder / 'photo.png')
     return folder
+
+
+def command(line):
+    """What one of our commands prints, run in this process, which has imported torch already."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert main(shlex.split(line)[1:]) == 0, line
+    return printed.getvalue()
 
 
 def bash(command, folder):
@@ -53,20 +64,21 @@ def readme_lines():
 
 
 @pytest.mark.slow
-def test_what_needs_no_scripts(folder):
+def test_what_needs_no_scripts(folder, monkeypatch):
+    monkeypatch.chdir(folder)
     lines = readme_lines()
-    bash(lines['recipe'], folder)
+    command(lines['recipe'])
     recipe = yaml.safe_load((folder / 'finetune.yaml').read_text())
     assert (recipe['num_classes'], recipe['img_size'], recipe['batch_size']) == (3, 96, 8)  # 96 pictures
     started = timm.create_model('gmnet_s1', pretrained=True, num_classes=3, pretrained_cfg_overlay=dict(
         file=str(folder / recipe['pretrained_path'])))
     assert started.num_classes == 3
-    assert 'coins' in bash('gmnet-timm predict output/demo/model photo.png', folder)
+    assert 'coins' in command('gmnet-timm predict output/demo/model photo.png')
     snippet = re.search(r'```python\n(import timm\nfrom PIL.*?)```', (ROOT / 'README.md').read_text(), re.DOTALL)[1]
     (folder / 'snippet.py').write_text(snippet.replace('photo.jpg', 'photo.png'))
     assert bash('python snippet.py', folder).strip() in PHOTOS
-    printed = bash(f'{lines["push"]} --folder demo'.replace('runs/mine', 'output/demo/run').replace(
-        'data/train', 'output/demo/data/train'), folder)
+    printed = command(f'{lines["push"]} --folder demo'.replace('runs/mine', 'output/demo/run').replace(
+        'data/train', 'output/demo/data/train'))
     assert 'nothing was sent' in printed and (folder / 'demo' / 'model.safetensors').exists()
 
 

@@ -115,8 +115,8 @@ def run_study(
     power = power_rows(read_csv(output / 'tuning.csv'), len(seeds))
     write_csv(power, output / 'power.csv')
     for row in power:
-        print(f'{row["body"]}: {len(seeds)} seeds find a difference of {row["detectable"]} points in high-pass accuracy '
-              'in four of five studies', flush=True)
+        print(f'{row["body"]}: {len(seeds)} seeds find a difference of {row["detectable"]} points in high-pass '
+              'accuracy in four of five studies', flush=True)
     runs = [Run(body, variant, chosen[body, variant], seed) for seed in seeds for body, variant in pairs]
     results = {run: study.result(run, 'test', i, len(runs)) for i, run in enumerate(runs)}
     write_csv(
