@@ -1,5 +1,6 @@
 """What pip installs: the wheel, its metadata and its dependencies."""
 import ast
+import functools
 import importlib.metadata
 import re
 import subprocess
@@ -52,10 +53,15 @@ def test_what_base_dependencies_bring_is_promised_by_them():
         assert name in _required(package), name
 
 
+@functools.cache
+def _providers():
+    return importlib.metadata.packages_distributions()
+
+
 @pytest.mark.parametrize('folder', EXTRAS)
 def test_what_is_imported_is_declared(folder):
     declared = _required('gmnet-timm', EXTRAS[folder]) | {*PROMISED}
-    providers = importlib.metadata.packages_distributions()
+    providers = _providers()
     ours = {'gmnet_timm', 'gmnet_timm_autoload', 'benchmarks'}
     inner = [ROOT / other for other in EXTRAS if other.startswith(f'{folder}/')]
     files = [path for path in (ROOT / folder).rglob('*.py') if not {*path.parents} & {*inner}]

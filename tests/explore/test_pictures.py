@@ -204,6 +204,7 @@ def test_a_port_that_is_taken_is_said(about):
         pass
 
 
+@pytest.mark.slow  # Gradio takes seconds to import
 def test_a_session_is_forgotten_after_an_hour(about):
     """Gradio has a time to live for a state that was an output, and for no other."""
     gradio = pytest.importorskip('gradio', reason='needs the extra explore')
