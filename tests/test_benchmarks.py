@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import randomize, relative_error
+from model_helpers import randomize, relative_error
 from torch import nn
 
 pytest.importorskip('openvino', reason="what benchmarks need is not installed: pip install 'gmnet-timm[bench]'")
@@ -52,7 +52,10 @@ def test_all_models_exist():
     assert all(model.source and (model.top1 or model.top1_distilled) for model in MODELS.values())
 
 
-@pytest.mark.parametrize('name', ['gmnet_s1', 'mobilenetv2_100', 'starnet_s1', 'repvit_m1_0'])
+PEERS = 'mobilenetv2_100', 'starnet_s1', 'repvit_m1_0'
+
+
+@pytest.mark.parametrize('name', ['gmnet_s1', *(pytest.param(name, marks=pytest.mark.slow) for name in PEERS)])
 def test_fuse(name):
     x = torch.randn(2, 3, 64, 64)
     net = create(Model(name, 64))
@@ -241,6 +244,7 @@ def latency_rows(times):
             for name, ms in times.items()]
 
 
+@pytest.mark.slow
 def test_labels_of_the_figure(tmp_path, monkeypatch):
     """Labels stay within the axes and apart from each other; every axis has numbers."""
     import adjustText
@@ -332,6 +336,7 @@ def test_unknown_model():
 
 def test_missing_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, 'onnxruntime', None)
+    monkeypatch.setattr(measuring, 'matmul_forwards', lambda *args: {'eager': lambda: torch.zeros(1)})
     (row,), _ = measure(dataclasses.replace(SETTINGS, runtimes=('onnxruntime',)), log=lambda line: None)
     assert row.status == (
         "unsupported: onnxruntime is not installed. Install it with: pip install 'gmnet-timm[bench]'")

@@ -7,7 +7,7 @@ import timm
 import timm.utils
 import torch
 import torch.nn.functional as F
-from conftest import randomize, relative_error
+from model_helpers import randomize, relative_error
 from timm.utils import reparameterize_model
 
 from gmnet_timm.gmnet import GmNetBlock

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import SIZES, create, randomize, relative_error
+from model_helpers import SIZES, create, randomize, relative_error
 from timm.layers import BatchNormAct2d
 from timm.models import FeatureInfo, group_parameters
 from timm.optim import param_groups_layer_decay

@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import SIZES, randomize
+from model_helpers import SIZES, randomize
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils import prune

@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import create
+from model_helpers import create
 
 from gmnet_timm.cli.main import main
 

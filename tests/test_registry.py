@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import SIZES, create
+from model_helpers import SIZES, create
 from timm.models import get_pretrained_cfg, save_for_hf
 
 import gmnet_timm

@@ -10,7 +10,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import create
+from model_helpers import create
 from PIL import Image
 from publishing_helpers import TINY, make_run
 

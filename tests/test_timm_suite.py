@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import timm
-from conftest import SIZES
+from model_helpers import SIZES
 
 import gmnet_timm.gmnet
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from experiments.comparisons import Difference, equivalence, paired_difference
+from experiments.study.report import outcomes
 from gmnet_timm.frequency.reports import read_csv
 
 __all__ = ['contrast_lines', 'contrasts']
@@ -17,20 +18,14 @@ OUTCOMES = ('high', 'high-shifted', 'low', 'raw')  # the first decides
 
 def contrasts(rows: Iterable[Mapping[str, str]]) -> dict[tuple[str, str], Difference]:
     """Mean of the gates minus ReLU in points of top-1, paired by seed, by body and outcome."""
-    values: dict[tuple[str, str, str, str], list[float]] = {}
-    for row in rows:
-        if row['band'] == 'raw' or float(row['radius']) in RADII:
-            key = row['body'], row['band'], row['variant'], row['seed']
-            values.setdefault(key, []).append(100 * int(row['correct']) / int(row['count']))
-    accuracy = {key: statistics.fmean(found) for key, found in values.items()}
+    values = outcomes([row for row in rows if row['band'] == 'raw' or float(row['radius']) in RADII])
     found = {}
-    for body in dict.fromkeys(key[0] for key in accuracy):
-        seeds = sorted({key[3] for key in accuracy if key[0] == body}, key=int)
+    for body in dict.fromkeys(body for body, _ in values['raw']):
         for outcome in OUTCOMES:
-            gates, plain = (
-                [statistics.fmean(accuracy[body, outcome, variant, seed] for variant in variants) for seed in seeds]
-                for variants in (GATES, (ACTIVATION,)))
-            found[body, outcome] = paired_difference(gates, plain)
+            of_variant = {variant: accuracy for (b, variant), accuracy in values[outcome].items() if b == body}
+            seeds = sorted(of_variant[ACTIVATION])
+            gates = [statistics.fmean(of_variant[gate][seed] for gate in GATES) for seed in seeds]
+            found[body, outcome] = paired_difference(gates, [of_variant[ACTIVATION][seed] for seed in seeds])
     return found
 
 

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 import torch
-from conftest import SIZES, create
+from model_helpers import SIZES, create
 
 from gmnet_timm import __version__
 from gmnet_timm.cli import main as cli

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import SIZES, relative_error
-from conftest import create as create_unclipped
+from model_helpers import SIZES, relative_error
+from model_helpers import create as create_unclipped
 from timm.utils import reparameterize_model
 
 timmx = pytest.importorskip('timmx', reason='timmx is installed on Python 3.11 to 3.13')

@@ -3,7 +3,7 @@ import pytest
 import segmentation_models_pytorch as smp
 import timm
 import torch
-from conftest import as_features, create, overfit
+from model_helpers import as_features, create, overfit
 from skimage import data
 
 STRIDES = {32: (4, 8, 16, 32), 16: (4, 8, 16, 16), 8: (4, 8, 8, 8)}

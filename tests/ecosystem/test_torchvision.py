@@ -2,7 +2,7 @@
 import pytest
 import timm
 import torch
-from conftest import overfit
+from model_helpers import overfit
 from skimage import data
 from torchvision.models.detection import FasterRCNN, RetinaNet
 from torchvision.models.detection.anchor_utils import AnchorGenerator

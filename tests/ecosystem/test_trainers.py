@@ -4,7 +4,7 @@ import copy
 import pytest
 import timm
 import torch
-from conftest import randomize
+from model_helpers import randomize
 from torch.nn.functional import cross_entropy
 
 from gmnet_timm.errors import UserError

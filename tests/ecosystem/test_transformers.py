@@ -2,7 +2,7 @@
 import pytest
 import torch
 import transformers
-from conftest import as_features, create, overfit
+from model_helpers import as_features, create, overfit
 from transformers import DetrConfig, DetrForObjectDetection, TimmBackbone, TimmBackboneConfig, UperNetConfig
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import randomize
+from model_helpers import randomize
 from PIL import Image
 
 from gmnet_timm.cli.main import main

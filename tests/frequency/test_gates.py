@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import create
+from model_helpers import create
 from timm.utils import reparameterize_model
 from torch import nn
 

@@ -6,7 +6,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from conftest import SIZES, create
+from model_helpers import SIZES, create
 
 from gmnet_timm.weights.architecture import infer_architecture
 from gmnet_timm.weights.description import describe_tensors

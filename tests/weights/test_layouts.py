@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import create
+from model_helpers import create
 
 from gmnet_timm.cli.main import main
 from gmnet_timm.weights.files import read_checkpoint

@@ -12,8 +12,8 @@ import safetensors.torch
 import timm
 import torch
 import yaml
-from conftest import create
 from huggingface_hub import constants
+from model_helpers import create
 
 from gmnet_timm.cli.main import main
 from gmnet_timm.errors import UserError
