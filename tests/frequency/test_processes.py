@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ COMMANDS = {  # and the tables that they write
     'amplitude': ([], ['amplitude.csv']),
     'sensitivity': ([], ['sensitivity.csv']),
     'heatmap': (['--step', '16'], ['heatmap.csv', 'heatmap-radial.csv']),
+    'layers of one picture': (['--image', '0.png'], ['layers.csv', 'layers-summary.csv']),
 }
 # one start of Python for all commands: a process group each
 WORKER = """
@@ -63,23 +65,25 @@ def test_one_process_is_all_of_them():
 
 @pytest.mark.slow
 @pytest.mark.parametrize('processes, images, names', [
-    (2, 7, ['layers', 'amplitude', 'sensitivity', 'heatmap']),
+    (2, 7, ['layers', 'amplitude', 'sensitivity', 'heatmap', 'layers of one picture']),
     (3, 2, ['layers', 'heatmap']),  # one of three has no image
 ])
-def test_processes_equal_one(tmp_path, processes, images, names):
+def test_processes_equal_one(tmp_path, monkeypatch, processes, images, names):
+    monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     for i in range(images):
         (tmp_path / 'data' / 'ab'[i % 2]).mkdir(parents=True, exist_ok=True)
         pixels = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(tmp_path / 'data' / 'ab'[i % 2] / f'{i}.png')
+    Image.fromarray(pixels).save(tmp_path / '0.png')
     torch.manual_seed(0)
     model = timm.create_model('gmnet_s1', base_dim=8, depths=(1, 1, 2, 1), num_classes=2)
     torch.save(model.state_dict(), tmp_path / 'model.pth')
     commands = [
-        ['freq', name, str(tmp_path / 'model.pth'), '--data-dir', str(tmp_path / 'data'), '--img-size', '64',
-         '--workers', '0', '--device', 'cpu', '--no-figure', *argv, '--output']
-        for name, (argv, _) in COMMANDS.items() if name in names]
-    several = [[*argv, str(tmp_path / 'several')] for argv in commands]
+        ['freq', name.split()[0], 'model.pth', '--data-dir', 'data', '--img-size', '64', '--workers', '0', '--device',
+         'cpu', '--no-figure', *COMMANDS[name][0], '--output']
+        for name in names]
+    several = [[*argv, str(tmp_path / 'several' / name)] for argv, name in zip(commands, names)]
     started = [
         subprocess.Popen(
             [sys.executable, '-c', WORKER, json.dumps(list(zip(ports, several)))],
@@ -87,13 +91,13 @@ def test_processes_equal_one(tmp_path, processes, images, names):
                  'MASTER_ADDR': '127.0.0.1', 'OMP_NUM_THREADS': '1'})
         for ports in [_free_ports(len(commands))] for rank in range(processes)]
     try:
-        for argv in commands:
-            assert main([*argv, str(tmp_path / 'one')]) == 0
+        for argv, name in zip(commands, names):
+            assert main([*argv, str(tmp_path / 'one' / name)]) == 0
         assert [process.wait(timeout=120) for process in started] == [0] * processes
     finally:
         for process in started:
             process.kill()
-    for table in (table for name in names for table in COMMANDS[name][1]):
+    for table in (Path(name, table) for name in names for table in COMMANDS[name][1]):
         one, more = _rows(tmp_path / 'one' / table), _rows(tmp_path / 'several' / table)
         assert len(one) == len(more) > 0
         for a, b in zip(one, more):

@@ -54,11 +54,12 @@ def _run_layers(args: argparse.Namespace) -> None:
     check_output(args, 'layers.csv', 'layers-summary.csv', figures=['layers', 'layers-gain'])
     with Machine(args) as machine:
         model = load(args.model, args)
+        loader = picture_loader(args, model, machine) if args.image is not None \
+            else band_loader(args, model, machine, labels=False)
         with machine.holding(model) as network:
             layers = layer_spectra(
-                network, picture_loader(args, model) or band_loader(args, model, machine, labels=False), args.modules,
-                gates=args.gates, kinds=args.kinds, layout=args.layout, window=args.window, channels=args.channels,
-                show_progress=True)
+                network, loader, args.modules, gates=args.gates, kinds=args.kinds, layout=args.layout,
+                window=args.window, channels=args.channels, show_progress=True)
         if machine.rank:
             return
     write_csv([row for layer in layers for row in layer.as_rows()], args.output / 'layers.csv')

@@ -215,16 +215,15 @@ def band_loader(args: argparse.Namespace, model, machine, labels: bool = True):
         world_size=machine.world_size)
 
 
-def picture_loader(args: argparse.Namespace, model):
-    """The one picture of --image as a loader, None where there is none."""
+def picture_loader(args: argparse.Namespace, model, machine):
+    """The one picture of --image as a loader, which of several processes the first one has."""
     import torch
 
     from gmnet_timm.frequency.data import prepare_picture, read_picture
 
-    if args.image is None:
-        return None
     config = model.data_config
-    return [(prepare_picture(read_picture(args.image, config['input_size'][0]), config), torch.zeros(1))]
+    image = prepare_picture(read_picture(args.image, config['input_size'][0]), config)
+    return [] if machine.rank else [(image, torch.zeros(1))]
 
 
 class Machine:
