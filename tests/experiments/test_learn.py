@@ -240,7 +240,7 @@ def test_command_goes_on_where_it_stopped(tmp_path, capsys, monkeypatch):
     assert [(row['first'], row['second']) for row in rows] == 2 * pairs  # of two outcomes
     assert {row['family'] for row in rows} == {'6'} and all(float(row['p_holm']) >= float(row['p']) for row in rows)
     conditions = json.loads((tmp_path / 'learn.json').read_text())
-    assert conditions['made_by'][0]['command'] == ['gmnet-timm', *argv]
+    assert conditions['made_by'][0]['command'] == ['python', '-m', 'experiments.learn', *argv]
     assert conditions['settings']['seeds'] == [0, 1, 2]
     assert {row['chosen'] for row in _rows(tmp_path / 'tuning.csv')} == {'0', '1'}
 

@@ -162,6 +162,16 @@ def test_checkpoint_of_deits_trainer(tmp_path):
     assert loaded.data_config['input_size'] == (3, 96, 96) and loaded.data_config['crop_pct'] == 0.9
 
 
+def test_as_many_classes_as_channels(tmp_path):
+    """The head is square, and as the convolutions are in torch's layout, it is too."""
+    model = create('gmnet_s1', **{**SMALL, 'num_classes': 64})
+    torch.save(model.state_dict(), tmp_path / 'square.pth')
+    assert_logits(load_model(str(tmp_path / 'square.pth'), model_kwargs={}).model, model)
+    swapped = {name: torch.from_numpy(w.copy()) for name, w in height_width_in_out(arrays(model)).items()}
+    with pytest.raises(LayoutError, match='head.weight of shape .64, 64. can be read as'):
+        to_authors(swapped)
+
+
 def test_ambiguous_shapes_are_refused():
     """Of a block with as many hidden channels as outer ones, nothing tells rows from columns."""
     model = create('gmnet_s1', base_dim=8, depths=(1, 1, 1, 1), mlp_ratios=(1, 1, 1, 1), num_classes=64)

@@ -85,6 +85,8 @@ def _to_torch_layout(state_dict: dict[str, torch.Tensor]) -> tuple[dict[str, tor
                   if key.endswith('.weight') and (fits := _fitting(key, value, state_dict)) is not None}
     decided = {dims: {next(iter(fits)) for key, fits in candidates.items()
                       if len(fits) == 1 and state_dict[key].dim() == dims} for dims in (2, 4)}
+    if decided[4] == {'torch'} and [key for key in candidates if state_dict[key].dim() == 2] == ['head.weight']:
+        decided[2] = {'torch'}  # of a square head that is the only linear layer, the convolutions tell
     found, swapped, linear = dict(state_dict), set(), False
     for key, fits in candidates.items():
         value = state_dict[key]
