@@ -22,7 +22,7 @@ def run(*command, folder, check=True):
 
 @pytest.mark.timeout(900)
 def test_int8_keeps_the_accuracy(tmp_path):
-    run('gmnet-timm', 'demo', '--epochs', '2', '--output', 'demo', folder=tmp_path)
+    run('gmnet-timm', 'demo', '--epochs', '3', '--patches', '160', '--output', 'demo', folder=tmp_path)
     out = run(sys.executable, EXAMPLE, 'local-dir:demo/model', 'demo/data', '--output', 'int8', folder=tmp_path)
     rows = {name: tuple(map(float, numbers)) for name, *numbers in ROW.findall(out)}
     assert rows.keys() == {'ONNX Runtime', 'OpenVINO'}, out
