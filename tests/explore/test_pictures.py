@@ -204,17 +204,6 @@ def test_a_port_that_is_taken_is_said(about):
         pass
 
 
-@pytest.mark.slow  # Gradio takes seconds to import
-def test_a_session_is_forgotten_after_an_hour(about):
-    """Gradio has a time to live for a state that was an output, and for no other."""
-    gradio = pytest.importorskip('gradio', reason='needs the extra explore')
-    from gmnet_timm.explore.page import Page
-    page = Page(about).blocks
-    state = next(block for block in page.blocks.values() if isinstance(block, gradio.State))
-    opens = [fn for fn in page.fns.values() if state in fn.inputs and fn.name in ('upload', 'choose', 'start')]
-    assert len(opens) == 3 and all(state in fn.outputs for fn in opens) and state.time_to_live == 3600
-
-
 def test_without_gradio_the_extra_is_named(monkeypatch, capsys):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *a: None if name == 'gradio' else find(name, *a))

@@ -19,6 +19,9 @@ import timm
 import torch
 from PIL import Image
 
+from gmnet_timm.explore.pictures import Exploration, ShownModel
+from gmnet_timm.weights.model import load_model
+
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec('gradio') is None, reason='needs Gradio (the extra explore)')]
@@ -200,3 +203,31 @@ def test_other_pages_cannot_send_anything(client, origin):
         client.upload(_png(), Origin=origin)
     assert refused.value.code == 403
     client.upload(_png(), Origin=client.url)  # the page itself
+
+
+def test_a_picture_is_forgotten(tmp_path, monkeypatch):
+    """Gradio deletes a state once its time to live is over, but only one that was an output of an event."""
+    import gradio
+
+    from gmnet_timm.explore.page import Page
+    monkeypatch.setenv('GRADIO_TEMP_DIR', str(tmp_path))
+    torch.save({'state_dict': timm.create_model('gmnet_s1', num_classes=3).state_dict()}, tmp_path / 'm.pth')
+    model = load_model(str(tmp_path / 'm.pth'), preprocessing={'img_size': 32})
+    page = Page(Exploration((ShownModel('m', 'm.pth', model),))).blocks
+    (state,) = (block for block in page.blocks.values() if isinstance(block, gradio.State))
+    assert state.time_to_live == 3600
+    state.time_to_live = 0
+    app, url, _ = page.launch(server_name='127.0.0.1', prevent_thread_lock=True, quiet=True, inline=False)
+
+    def held():
+        states = [value for found in app.state_holder.session_data.values() for value in found.state_data.values()]
+        return [value.picture.name for value in states if getattr(value, 'picture', None) is not None]
+
+    try:
+        client = Client(url)
+        client.call('file', 'upload', file=_file(client.upload(_png())))
+        assert held() == ['photo.png']
+        app.state_holder.delete_all_expired_state()
+        assert held() == []
+    finally:
+        page.close(verbose=False)

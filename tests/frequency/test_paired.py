@@ -1,5 +1,6 @@
 """Paired comparisons, against statsmodels and by how often intervals hold the truth."""
 import csv
+import sys
 
 import numpy as np
 import pytest
@@ -89,6 +90,13 @@ def test_command(tmp_path, capsys):
         assert one.band == other.band and one.count == 12
         assert int(row['only_model']) == int((one.answers & ~other.answers).sum())
     assert main([*argv, '--baseline', 'other']) == 1
+
+
+@pytest.mark.parametrize('words', [['b'], ['--groups', 'one']])
+def test_missing_scipy_is_said_before_the_work(monkeypatch, capsys, words):
+    monkeypatch.setitem(sys.modules, 'scipy.stats', None)
+    assert main(['freq', 'eval', 'a', *words, '--data-dir', 'nowhere', '--no-figure']) == 3
+    assert "scipy is not installed. Install it with: pip install 'gmnet-timm[freq]'" in capsys.readouterr().err
 
 
 def test_results_are_saved_loaded_and_drawn(tmp_path):

@@ -166,7 +166,9 @@ def test_as_many_classes_as_channels(tmp_path):
     """The head is square, and as the convolutions are in torch's layout, it is too."""
     model = create('gmnet_s1', **{**SMALL, 'num_classes': 64})
     torch.save(model.state_dict(), tmp_path / 'square.pth')
-    assert_logits(load_model(str(tmp_path / 'square.pth'), model_kwargs={}).model, model)
+    loaded = load_model(str(tmp_path / 'square.pth'))
+    assert_logits(loaded.model, model)
+    assert any('The head is square' in note for note in loaded.notes)  # if it were transposed, nothing would show it
     swapped = {name: torch.from_numpy(w.copy()) for name, w in height_width_in_out(arrays(model)).items()}
     with pytest.raises(LayoutError, match='head.weight of shape .64, 64. can be read as'):
         to_authors(swapped)

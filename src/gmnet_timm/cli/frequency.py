@@ -81,6 +81,8 @@ def _run_eval(args: argparse.Namespace) -> None:
     if args.baseline is not None and args.baseline not in args.models:
         raise UserError(f'--baseline {args.baseline} is not among the models.')
     check_groups(args, len(args.models))
+    if len(args.models) > 1:  # are compared
+        require('scipy.stats', 'freq')
     check_output(
         args, 'eval.csv', 'eval.json', 'eval-answers.npz', 'eval-paired.csv', 'eval-groups.csv', figures=['eval'])
     with Machine(args) as machine:

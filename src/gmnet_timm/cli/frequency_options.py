@@ -93,6 +93,9 @@ def add_groups(parser) -> None:
 
 
 def check_groups(args: argparse.Namespace, count: int) -> None:
+    """Before the work: one label per model, and what computes intervals over trainings."""
+    if args.groups is not None:
+        require('scipy.stats', 'freq')
     if args.groups is not None and len(args.groups) != count:
         raise UserError(f'--groups takes one label per model: {len(args.groups)} are given for {count}.')
 

@@ -85,8 +85,11 @@ def _to_torch_layout(state_dict: dict[str, torch.Tensor]) -> tuple[dict[str, tor
                   if key.endswith('.weight') and (fits := _fitting(key, value, state_dict)) is not None}
     decided = {dims: {next(iter(fits)) for key, fits in candidates.items()
                       if len(fits) == 1 and state_dict[key].dim() == dims} for dims in (2, 4)}
-    if decided[4] == {'torch'} and [key for key in candidates if state_dict[key].dim() == 2] == ['head.weight']:
-        decided[2] = {'torch'}  # of a square head that is the only linear layer, the convolutions tell
+    notes = []
+    alone = [key for key in candidates if state_dict[key].dim() == 2] == ['head.weight']
+    if alone and len(candidates['head.weight']) > 1 and decided[4] == {'torch'}:
+        decided[2] = {'torch'}
+        notes.append('The head is square: that it is stored as (out, in) is taken from the convolutions.')
     found, swapped, linear = dict(state_dict), set(), False
     for key, fits in candidates.items():
         value = state_dict[key]
@@ -103,7 +106,8 @@ def _to_torch_layout(state_dict: dict[str, torch.Tensor]) -> tuple[dict[str, tor
         if value.dim() == 2 and key != 'head.weight':
             value, linear = value[..., None, None], True
         found[key] = value.contiguous()
-    notes = ['1x1 convolutions were stored as linear layers.'] if linear else []
+    if linear:
+        notes.append('1x1 convolutions were stored as linear layers.')
     if 2 in swapped:
         notes.append('Weights of linear layers were stored as (in, out).')
     if 4 in swapped:
