@@ -95,6 +95,7 @@ def test_the_whole_way(folder):
     bash(lines['timm-scripts/train.py'] + ' --device cpu --epochs 3 --workers 1', folder)
     checked = bash(lines['check-run'], folder)
     assert 'health:            ok' in checked and 'recipe:            as in finetune.yaml' in checked
+    assert 'instead of' not in checked
     validate = re.search(r'^validate: +(.*)$', checked, re.MULTILINE)[1]
     accuracy = bash(validate.replace('$TIMM_SCRIPTS', 'timm-scripts') + ' --device cpu --workers 1', folder)
     best = re.search(r'top-1: +best ([\d.]+)', checked)[1]

@@ -9,6 +9,7 @@ from torch import nn
 
 from gmnet_timm.errors import UserError
 from gmnet_timm.frequency import (
+    LogAmplitude,
     directions,
     fourier_basis,
     fourier_heatmap,
@@ -19,6 +20,7 @@ from gmnet_timm.frequency import (
     relative_log_amplitude,
 )
 from gmnet_timm.frequency.heatmap import HeatmapPoint
+from gmnet_timm.frequency.plots import plot_log_amplitude
 
 # --- relative log amplitude ------------------------------------------------------------------------------------------
 
@@ -54,6 +56,16 @@ def test_a_known_filter_adds_its_log_gain():
     assert blurred.high < plain.high - 2
     _, low, high = blurred.interval()
     assert (low[1:] < blurred.curve[1:]).all() and (blurred.curve[1:] < high[1:]).all() and low[0] == high[0] == 0
+
+
+def test_maps_without_a_frequency_next_to_the_corner_are_not_drawn():
+    layers = [LogAmplitude(str(i), i / 3, (size, size), relative_log_amplitude(torch.randn(5, 2, size, size)).double())
+              for i, size in enumerate((8, 8, 4, 2))]
+    pytest.importorskip('matplotlib').use('Agg')
+    ax = plot_log_amplitude({'a model': layers})
+    assert ax.lines[0].get_xdata().tolist() == [0, 1 / 3, 2 / 3]
+    (band,) = ax.collections
+    assert band.get_paths()[0].vertices[:, 0].max() == 2 / 3
 
 
 def test_log_amplitude_of_blocks_by_default():

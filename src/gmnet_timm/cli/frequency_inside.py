@@ -75,7 +75,7 @@ def _run_layers(args: argparse.Namespace) -> None:
         print('undefined: a map of 3 pixels or fewer on a side has nothing on one side of the quarter, or is constant')
     print(f'{args.output / "layers.csv"}, {args.output / "layers-summary.csv"}')
     images = len(next(iter(layers[0].signals.values())).power)
-    title = f'{labels_of([model])[0]}, {images} images'
+    title = f'{labels_of([model])[0]}, {images} image{"s" * (images != 1)}'
     if any(signal.channels < signal.all_channels for layer in layers for signal in layer.signals.values()):
         title += f', {args.channels} channels of each map'
     save_figures(args, 'layers', lambda: draw_layers(layers, title))

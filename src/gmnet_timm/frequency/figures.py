@@ -165,7 +165,8 @@ def draw_log_amplitudes(models: Mapping[str, Sequence[LogAmplitude]], title: str
     plot_log_amplitude(models, axes[0][0])
     axes[0][0].set_title('next to the corner of the spectrum, by depth', fontsize=10)
     for i, layers in enumerate(models.values()):
-        for layer, alpha in ((layers[0], .4), (layers[-1], 1.)):
+        drawn = [layer for layer in layers if len(layer.curve) > 1] or layers  # a map of 2×2 has its mean alone
+        for layer, alpha in ((drawn[0], .4), (drawn[-1], 1.)):
             style = {key: value for key, value in LINES[i % len(LINES)].items() if key != 'marker'}
             points = 2 * torch.arange(len(layer.curve)) / min(layer.size)
             axes[0][1].plot(points, layer.curve, alpha=alpha, **style)

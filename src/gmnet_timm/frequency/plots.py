@@ -121,9 +121,15 @@ def plot_gain(layer: LayerSpectrum, ax: Any = None) -> Any:
 
 
 def plot_log_amplitude(models: Mapping[str, Sequence[LogAmplitude]], ax: Any = None) -> Any:
-    """Draw the relative log amplitude next to the corner, above white noise, by depth, with 95 % intervals."""
+    """Draw the relative log amplitude next to the corner, above white noise, by depth, with 95 % intervals.
+
+    Layers with maps so small that there is no such frequency are left out.
+    """
     ax = _own(ax)
     for i, (label, layers) in enumerate(models.items()):
+        layers = [layer for layer in layers if math.isfinite(layer.high)]
+        if not layers:
+            continue
         style = LINES[i % len(LINES)]
         depth = [layer.depth for layer in layers]
         ax.plot(depth, [layer.high for layer in layers], label=label, markersize=4, **style)

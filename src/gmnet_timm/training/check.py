@@ -213,6 +213,8 @@ def _describe_batch(run: TrainingRun, recipe: str, world_size: int | None) -> st
     layout = _layout(run, world_size)
     if layout is not None:
         wanted = RECIPES[recipe]
+        if recipe in _OWN:  # follows from data and memory
+            return str(layout)
         return f'{layout}, {"as in the recipe" if layout.global_batch_size == wanted else f"instead of {wanted}"}'
     if not run.count('batch_size'):
         return 'unknown without a batch size in args.yaml' if run.args else 'unknown without args.yaml'
