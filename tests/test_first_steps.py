@@ -67,7 +67,7 @@ def readme_lines():
 def test_what_needs_no_scripts(folder, monkeypatch):
     monkeypatch.chdir(folder)
     lines = readme_lines()
-    command(lines['recipe'])
+    command(f'{lines["recipe"]} --force')  # in any order of these tests
     recipe = yaml.safe_load((folder / 'finetune.yaml').read_text())
     assert (recipe['num_classes'], recipe['img_size'], recipe['batch_size']) == (3, 96, 8)  # 96 pictures
     started = timm.create_model('gmnet_s1', pretrained=True, num_classes=3, pretrained_cfg_overlay=dict(
