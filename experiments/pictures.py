@@ -128,7 +128,7 @@ def photograph_page(arguments: list[str], target: Path) -> None:
                 size = dict(width=width, height=720, deviceScaleFactor=1, mobile=False)
                 browser.execute_cdp_cmd('Emulation.setDeviceMetricsOverride', size)
                 browser.get(url)
-                time.sleep(10)  # answers for all radii come one after the other
+                time.sleep(10)
                 if name == 'inside':
                     next(tab for tab in browser.find_elements('css selector', 'button[role=tab]')
                          if tab.text == 'Inside').click()

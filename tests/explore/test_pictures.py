@@ -17,7 +17,6 @@ from gmnet_timm.cli.options import stated_words
 from gmnet_timm.errors import UserError
 from gmnet_timm.explore import markup, pictures, server
 from gmnet_timm.explore.pictures import Exploration, Images, ShownModel, read_upload, shown_bands
-from gmnet_timm.frequency.answers import Change
 from gmnet_timm.frequency.bands import SplitOptions
 from gmnet_timm.frequency.data import prepare_picture, read_picture
 from gmnet_timm.weights.model import load_model
@@ -54,12 +53,10 @@ def test_a_picture_gets_the_answers_that_freq_image_prints(about, folder, tmp_pa
     file = folder / 'data' / 'a' / '0.png'
     picture = about.open_picture(str(file), lambda channels: read_picture(file, channels))
     options = SplitOptions(restore_contrast=True, space='pixels')
-    rows = [row for row in picture.rows(shown_bands(5, 20), options) if row['model'] == 'test_vit']
-    found = {}
-    for row in rows:
-        radius = f'{row["inner_radius"]}-{row["radius"]}'.strip('-')
-        head = f'{row["band"]} r = {radius}' if radius else row['band']
-        found.setdefault(head, []).append(f'{row["answer"]} {100 * row["confidence"]:.1f} %')
+    bands = shown_bands(5, 20)
+    found = {
+        str(band).replace(' ', ' r = '): [f'{name} {100 * p:.1f} %' for name, p in answers]
+        for band, answers in zip(bands, picture.answers(0, bands, options), strict=True)}
     capsys.readouterr()
     assert main([
         'freq', 'image', str(file), '--model', f'test_vit={folder}/test_vit.pth', '--class-names',
@@ -160,17 +157,22 @@ def test_pictures_are_upright(tmp_path, orientation, suffix):
 def test_names_are_escaped(about):
     picture = about.open_picture('<img src=x>', lambda channels: about.images.read(0, channels))
     html = markup.cards(picture, shown_bands(5, 20), SplitOptions())
-    html += markup.changes(about, [[Change('low', 3, 0, 1)], []]) + markup.message('<script>')
+    html += markup.message('<script>')
     html += markup.thumbnails(about.images, 4, 3) + markup.command('<x>')
     assert '&lt;b&gt;a' in html and '<b>a</b>' not in html and '<script' not in html and '<img src=x' not in html
 
 
-@pytest.mark.parametrize('found, text', [
-    (None, 'looking at all whole radii'), ([], 'no change at any whole radius'),
-    ([Change('low', 9, 0, 1)], 'the only change'),
-    ([Change('low', 9, 0, 1), Change('low', 3, 1, 0)], 'and 1 more change beyond')])
-def test_the_page_says_where_answers_change(about, found, text):
-    assert text in markup.changes(about, [found, []])
+def test_marks_are_where_the_radii_are_on_the_axis(about, monkeypatch):
+    """The axis is matplotlib's, the marks are placed by a formula: compared with where matplotlib draws."""
+    drawn = []
+    monkeypatch.setattr(markup, 'chart', lambda figure, *_: drawn.append(figure))
+    picture = about.open_picture('x', lambda channels: about.images.read(0, channels))
+    markup.spectrum_chart(picture)
+    (axis,) = drawn[0].axes
+    style = markup.mark_positions(picture, 20, 5)
+    for name, radius in (('start', 0), ('radius', 20), ('inner', 5), ('outer', 20), ('end', axis.get_xlim()[1])):
+        place = axis.transData.transform((radius, 1))[0] / drawn[0].bbox.width
+        assert f'--{name}: {100 * place:.2f}%;' in style
 
 
 def test_the_data_name_the_classes(about):

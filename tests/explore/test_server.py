@@ -19,7 +19,7 @@ import timm
 import torch
 from PIL import Image
 
-from gmnet_timm.explore.pictures import Exploration, ShownModel
+from gmnet_timm.explore.pictures import Exploration, Picture, ShownModel
 from gmnet_timm.weights.model import load_model
 
 pytestmark = [
@@ -188,12 +188,9 @@ def test_options_and_events_that_the_page_does_not_send(client):
     before = _text(client.call('radius', 'input', radius=3))
     for values in ({'space': 'nowhere'}, {'keep-dc': 'x'}, {'contrast': 3}):
         assert '≤' not in _text(client.call('radius', 'input', **values))
-    for data in (None, {}, {'radius': '-1'}, {'radius': '1e9'}, {'radius': 'x' * 100}, ['radius']):
-        assert '≤' not in _text(client.call('changes', 'select', data)), data
-    for data in (None, {}, {'index': '99'}, {'index': '../x'}, {'index': None}):
+    for data in (None, {}, {'index': '99'}, {'index': '-1'}, {'index': '../x'}, {'index': None}, ['index']):
         assert 'pixels' not in _text(client.call('thumbnails', 'select', data)), data
     assert 'x.png, 64×64 pixels' in _text(client.call('thumbnails', 'select', {'index': '1'}))
-    assert '≤ 7' in _text(client.call('changes', 'select', {'radius': '7'}))
     assert '≤ 3' in before
 
 
@@ -221,7 +218,7 @@ def test_a_picture_is_forgotten(tmp_path, monkeypatch):
 
     def held():
         states = [value for found in app.state_holder.session_data.values() for value in found.state_data.values()]
-        return [value.picture.name for value in states if getattr(value, 'picture', None) is not None]
+        return [value.name for value in states if isinstance(value, Picture)]
 
     try:
         client = Client(url)

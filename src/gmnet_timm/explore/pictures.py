@@ -24,6 +24,7 @@ from gmnet_timm.weights.model import LoadedModel
 __all__ = ['Exploration', 'Images', 'Picture', 'ShownModel', 'read_upload', 'shown_bands']
 
 TOP = 5  # classes that are shown
+MAX_BYTES = 20_000_000  # of a file that is taken
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,6 @@ class Exploration:
         device: Where models run.
         stated: Options that describe models, as on the command line, for the commands that the page shows.
         stated_names: The option that names classes, likewise.
-        max_bytes: Largest file that is taken.
         lock: Held while a model computes: on two cores, two at once take longer than one after the other.
     """
 
@@ -98,7 +98,6 @@ class Exploration:
     device: torch.device = torch.device('cpu')
     stated: tuple[str, ...] = ()
     stated_names: tuple[str, ...] = ()
-    max_bytes: int = 20_000_000
     lock: Any = dataclasses.field(default_factory=threading.Lock)
 
     @property
@@ -177,18 +176,6 @@ class Picture:
                 self._answers[number, band, options] = top_classes(confidence, TOP, model.class_names)
         return [self._answers[number, band, options] for band in bands]
 
-    def rows(self, bands: Sequence[Band], options: SplitOptions) -> list[dict[str, Any]]:
-        """The same as rows for a CSV."""
-        return [
-            dict(model=model.label, picture=self.name, band=band.kind,
-                 inner_radius='' if band.inner_radius is None else f'{band.inner_radius:g}',
-                 radius='' if band.radius is None else f'{band.radius:g}',
-                 rank=rank, answer=name, confidence=confidence, **dataclasses.asdict(options))
-            for number, model in enumerate(self.about.models)
-            for band, lines in zip(bands, self.answers(number, bands, options), strict=True)
-            for rank, (name, confidence) in enumerate(lines, 1)
-        ]
-
 
 def shown_bands(radius: float, other: float) -> list[Band]:
     """The parts that the page shows for two radii: all, up to the first, between both, beyond the first."""
@@ -198,22 +185,17 @@ def shown_bands(radius: float, other: float) -> list[Band]:
     return [*bands, Band('high', radius)]
 
 
-def read_upload(path: str, folder: str, max_bytes: int) -> tuple[str, bytes]:
+def read_upload(path: str, folder: str, max_bytes: int = MAX_BYTES) -> tuple[str, bytes]:
     """Read a file that a visitor sent, once.
 
     The path comes from the visitor's browser. Only what Gradio's upload writes is read: a regular file in a folder of
     its own in the folder for uploads.
 
-    Args:
-        path: Path of the file.
-        folder: The folder for uploads.
-        max_bytes: Size of the largest file that is taken.
-
     Returns:
         Name and content of the file.
 
     Raises:
-        UserError: The path is something else, or the file is too large.
+        UserError: The path is something else, or the file is larger than `max_bytes`.
     """
     file, root = os.path.abspath(path), os.path.realpath(folder)
     name = os.path.basename(file)

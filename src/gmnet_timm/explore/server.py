@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from gmnet_timm.errors import UserError
-from gmnet_timm.explore.pictures import Exploration
+from gmnet_timm.explore.pictures import MAX_BYTES, Exploration
 
 __all__ = ['serve', 'serving']
 
@@ -84,7 +84,7 @@ def serving(
         # Errors that are not ours stay on the terminal: their texts hold paths of this machine.
         _, url, _ = page.launch(
             server_name=host, server_port=port, root_path=root_path, share=False, quiet=True, prevent_thread_lock=True,
-            inline=False, show_error=False, max_file_size=about.max_bytes, enable_monitoring=False, run_history=False,
+            inline=False, show_error=False, max_file_size=MAX_BYTES, enable_monitoring=False, run_history=False,
             ssr_mode=False, pwa=False, mcp_server=False, app_kwargs={'middleware': middleware}, **look_of_the_page())
         try:
             yield url

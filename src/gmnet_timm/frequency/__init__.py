@@ -1,6 +1,6 @@
 """How well models work on only the low or only the high frequencies of images, and what their layers do with them."""
 from gmnet_timm.frequency.amplitude import LogAmplitude, log_amplitudes, relative_log_amplitude
-from gmnet_timm.frequency.answers import Change, ScanPoint, confidences, list_changes, scan_radii
+from gmnet_timm.frequency.answers import confidences
 from gmnet_timm.frequency.bands import (
     Band,
     BandAccuracy,
@@ -32,12 +32,12 @@ from gmnet_timm.frequency.split import (
 )
 
 __all__ = [
-    'Band', 'BandAccuracy', 'BandSplit', 'Change', 'GateStatistics', 'HeatmapPoint', 'LayerSpectrum',
-    'LogAmplitude', 'PairedDifference', 'ScanPoint', 'Sensitivity', 'Signal', 'SplitOptions', 'band_images',
+    'Band', 'BandAccuracy', 'BandSplit', 'GateStatistics', 'HeatmapPoint', 'LayerSpectrum',
+    'LogAmplitude', 'PairedDifference', 'Sensitivity', 'Signal', 'SplitOptions', 'band_images',
     'compare_bands', 'confidences', 'create_band_loader', 'directions', 'evaluate_bands', 'find_gates',
     'find_products', 'fourier_basis', 'fourier_heatmap', 'frequency_bands', 'high_frequency_energy',
-    'input_sensitivity', 'layer_spectra', 'list_bands', 'list_changes', 'list_layers', 'load_results',
+    'input_sensitivity', 'layer_spectra', 'list_bands', 'list_layers', 'load_results',
     'log_amplitudes', 'modes_per_bin', 'num_radial_bins', 'paired_difference', 'predict_independent',
     'predict_pointwise', 'radial_power_spectrum', 'radial_summary', 'relative_log_amplitude', 'save_results',
-    'scan_radii', 'spectral_centroid', 'spectral_slope', 'split_frequencies', 'student_interval', 'wilson_interval',
+    'spectral_centroid', 'spectral_slope', 'split_frequencies', 'student_interval', 'wilson_interval',
 ]

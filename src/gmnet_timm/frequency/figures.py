@@ -1,5 +1,4 @@
 """Figures of the frequency view: `draw_…` arranges plots in a Figure, `save_figure` writes it as PNG, PDF or SVG."""
-import io
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,6 @@ import torch
 from gmnet_timm.errors import UserError, require
 from gmnet_timm.files import replacing
 from gmnet_timm.frequency.amplitude import LogAmplitude
-from gmnet_timm.frequency.answers import ScanPoint
 from gmnet_timm.frequency.bands import BANDS, Band, BandAccuracy
 from gmnet_timm.frequency.heatmap import HeatmapPoint
 from gmnet_timm.frequency.plots import (
@@ -23,7 +21,6 @@ from gmnet_timm.frequency.plots import (
     plot_image_spectrum,
     plot_log_amplitude,
     plot_radial_error,
-    plot_scan,
     plot_sensitivity,
     plot_spectrum,
 )
@@ -33,8 +30,7 @@ from gmnet_timm.frequency.split import log_amplitude_spectrum
 
 __all__ = [
     'Curves', 'band_curves', 'draw_band_accuracy', 'draw_band_curves', 'draw_heatmaps', 'draw_image_panel',
-    'draw_image_spectrum', 'draw_layers', 'draw_log_amplitudes', 'draw_maps', 'draw_scan', 'draw_sensitivity',
-    'figure_svg', 'new_figure', 'save_figure', 'with_legend',
+    'draw_layers', 'draw_log_amplitudes', 'draw_maps', 'draw_sensitivity', 'new_figure', 'save_figure', 'with_legend',
 ]
 
 # label -> (band, radius as text) -> points (x, percent, lower bound, upper bound)
@@ -257,29 +253,6 @@ def draw_image_panel(
     return figure
 
 
-def draw_scan(points: Mapping[str, Sequence[ScanPoint]], largest: int, title: str = '') -> Any:
-    """Confidence in the answer to the whole image against the radius, a panel per model.
-
-    Args:
-        points: What `scan_radii` has found so far, by label.
-        largest: Largest radius, for the axis.
-        title: Title of the figure.
-    """
-    figure, axes = new_figure(len(points), 1, 5., 2.3)
-    for axis, (label, found) in zip(axes[:, 0], points.items(), strict=True):
-        plot_scan(found, largest, axis)
-        axis.set_title(label, fontsize=10)
-    return with_legend(figure, title, *axes[:, 0])
-
-
-def draw_image_spectrum(image: torch.Tensor, title: str = '') -> Any:
-    """The spectrum of an image (C, H, W) in a figure of its own."""
-    figure, axes = new_figure(1, 1, 5., 2.6)
-    plot_image_spectrum(image, axes[0][0])
-    figure.suptitle(title, fontsize=11)
-    return figure
-
-
 def draw_maps(maps: Mapping[str, torch.Tensor], channels: Sequence[int], title: str = '') -> Any:
     """Maps of a layer, a row per signal with one colour scale, and below it their log-amplitude spectra.
 
@@ -333,15 +306,6 @@ def save_figure(figure: Any, path: str | Path, force: bool = True, width: float 
             figure.savefig(temporary, dpi=130, bbox_inches='tight' if width is None else None)
     except ValueError as e:  # matplotlib knows no such format
         raise UserError(f'Cannot write {path}: {e}') from e
-
-
-def figure_svg(figure: Any, crop: bool = True) -> str:
-    """A figure as the text of an SVG file, with fonts as text; `crop` takes off margins and adds what sticks out."""
-    import matplotlib
-    text = io.StringIO()
-    with matplotlib.rc_context({'svg.fonttype': 'none'}):
-        figure.savefig(text, format='svg', bbox_inches='tight' if crop else None)
-    return text.getvalue()
 
 
 def new_figure(rows: int, columns: int, width: float, height: float, **kwargs: Any):

@@ -10,7 +10,6 @@ import torch
 
 from gmnet_timm.errors import UserError, require
 from gmnet_timm.frequency.amplitude import LogAmplitude
-from gmnet_timm.frequency.answers import ScanPoint
 from gmnet_timm.frequency.heatmap import HeatmapPoint, radial_summary
 from gmnet_timm.frequency.sensitivity import Sensitivity
 from gmnet_timm.frequency.signals import SIGNAL_NAMES, LayerSpectrum
@@ -18,7 +17,7 @@ from gmnet_timm.frequency.split import bin_power, modes_per_bin, radial_power_sp
 
 __all__ = [
     'LINES', 'displayable', 'plot_accuracy', 'plot_gain', 'plot_heatmap', 'plot_image_spectrum',
-    'plot_log_amplitude', 'plot_radial_error', 'plot_scan', 'plot_sensitivity', 'plot_spectrum', 'radius_axis',
+    'plot_log_amplitude', 'plot_radial_error', 'plot_sensitivity', 'plot_spectrum',
 ]
 
 LINES: list[dict[str, Any]] = [
@@ -32,9 +31,6 @@ LINES: list[dict[str, Any]] = [
     dict(linestyle='-', marker='*', color='#56b4e9', markerfacecolor='white'),
 ]
 _SIGNAL_STYLES = {'input': 1, 'output': 0, 'gate': 2, 'value': 1, 'product': 0}
-_KINDS: dict[str, dict[str, Any]] = {
-    'low': dict(color='#0072b2', linestyle='-'), 'high': dict(color='#d55e00', linestyle='--'),
-}
 
 
 def plot_accuracy(
@@ -201,33 +197,9 @@ def plot_sensitivity(models: Mapping[str, Sensitivity], ax: Any = None) -> Any:
     return ax
 
 
-def plot_scan(points: Sequence[ScanPoint], largest: int, ax: Any = None) -> Any:
-    """Draw the confidence in the answer to the whole image against the radius; where another is likelier, crosses.
-
-    Args:
-        points: From `scan_radii`.
-        largest: Largest radius, for the axis.
-        ax: Axes of matplotlib, by default new ones.
-    """
-    ax = _own(ax)
-    answer = next(point.answer for point in points if point.kind == 'raw')
-    for kind in ('low', 'high'):
-        found = sorted((p for p in points if p.kind == kind), key=lambda point: point.radius or 0)
-        style = _KINDS[kind]
-        ax.plot([p.radius for p in found], [100 * p.kept for p in found], label=f'{kind}-pass', linewidth=1.4, **style)
-        other = [p for p in found if p.answer != answer]
-        ax.plot([p.radius for p in other], [100 * p.kept for p in other], linestyle='', marker='x', markersize=3.5,
-                markeredgewidth=.8, color=style['color'])
-    ax.plot([], [], linestyle='', marker='x', markersize=3.5, color='black', label='another class is likelier')
-    radius_axis(ax, largest)
-    ax.set_ylim(-4, 104)
-    ax.set_ylabel('confidence (%)', fontsize=9)
-    ax.grid(alpha=.3)
-    return ax
-
-
 def plot_image_spectrum(image: torch.Tensor, ax: Any = None, *, radii: Sequence[float] = ()) -> Any:
     """Draw the power per frequency of an image (C, H, W), the mean over its channels, and a line at each radius."""
+    import numpy as np
     ax = _own(ax)
     power = (radial_power_spectrum(image.detach().float().cpu()).mean(0) / modes_per_bin(*image.shape[-2:]))[1:]
     power = torch.where(power > 1e-12 * power.max(), power, math.nan)  # rounding errors are no power
@@ -237,7 +209,12 @@ def plot_image_spectrum(image: torch.Tensor, ax: Any = None, *, radii: Sequence[
         middle, half = (top * bottom) ** .5, max(10., 1.5 * (top / bottom) ** .5)
         ax.set_ylim(middle / half, middle * half)
         ax.set_yticks([], minor=True)
-    radius_axis(ax, len(power))
+    ticks = [0, *(2 ** k for k in range(len(power).bit_length()))]
+    ax.set_xscale('function', functions=(np.log1p, np.expm1))  # gives the small radii room
+    ax.set_xticks(ticks, [str(tick) for tick in ticks])
+    ax.set_xticks([], minor=True)
+    ax.set_xlim(0, len(power))
+    ax.set_xlabel('radius (cycles/image)', fontsize=9)
     for radius in radii:
         ax.axvline(radius, color='gray', linestyle='--', linewidth=.8)
         ax.text(radius, .99, f'{radius:g}', transform=ax.get_xaxis_transform(), fontsize=8, ha='right', va='top')
@@ -246,18 +223,6 @@ def plot_image_spectrum(image: torch.Tensor, ax: Any = None, *, radii: Sequence[
     ax.tick_params(labelsize=8)
     ax.grid(alpha=.3)
     return ax
-
-
-def radius_axis(ax: Any, largest: int) -> None:
-    """A horizontal axis of radii from 0 on that gives the small ones room, logarithmic beyond the first ones."""
-    import numpy as np
-    ax.set_xscale('function', functions=(np.log1p, np.expm1))
-    ticks = [0, *(2 ** k for k in range(int(math.log2(max(1, largest))) + 1))]
-    ax.set_xticks(ticks, [str(tick) for tick in ticks])
-    ax.set_xticks([], minor=True)
-    ax.set_xlim(0, largest)
-    ax.set_xlabel('radius (cycles/image)', fontsize=9)
-    ax.tick_params(labelsize=8)
 
 
 def displayable(pixels: torch.Tensor, kind: str) -> tuple[Any, str]:

@@ -14,7 +14,7 @@ from gmnet_timm.frequency.bands import Band, BandAccuracy
 from gmnet_timm.frequency.paired import compare_bands
 
 __all__ = [
-    'csv_text', 'format_paired', 'format_table', 'load_results', 'paired_rows', 'read_csv', 'save_results', 'write_csv',
+    'format_paired', 'format_table', 'load_results', 'paired_rows', 'read_csv', 'save_results', 'write_csv',
     'write_json',
 ]
 
@@ -124,19 +124,13 @@ def read_csv(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def csv_text(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows as the text of a CSV file, the columns of the first one first."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO(newline='')
-    writer = csv.DictWriter(text, columns)
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Write rows, the columns of the first one first. The file is complete or the old one at any time."""
-    write_text(path, csv_text(rows))
+    text = io.StringIO(newline='')
+    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def write_json(data: Any, path: Path) -> None:
