@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
     path = args.output or FOLDER / ('smoke' if chosen.smoke else '') / f'{slug(machine)}-{chosen.mode}.json'
     results.save(path)
     print(report([results]))
-    print(f'wrote {path} and {path.with_suffix(".csv").name}')
+    print(f'wrote {path}')
 
 
 def show(args: argparse.Namespace) -> None:

@@ -1,5 +1,4 @@
 """Result files and tables: what a run has measured, on what, and how."""
-import csv
 import dataclasses
 import json
 import re
@@ -8,12 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gmnet_timm.errors import UserError
-from gmnet_timm.files import replacing, write_text
+from gmnet_timm.files import write_text
 
-from .machine import STATE
 from .measure import Case, Row
 from .models import find
 from .roofline import Peak, Work
@@ -32,18 +28,13 @@ class Results:
     rows: list[Row]
 
     def save(self, path: Path) -> None:
-        """Write everything to `path` as JSON, and one line per row to a CSV file beside it."""
+        """Write everything as JSON."""
         entries = dataclasses.asdict(self)
         for row in entries['rows']:
             row['samples_ms'] = [float(f'{ms:.5g}') for ms in row['samples_ms']]
         head = {key: value for key, value in entries.items() if key != 'rows'}
         lines = ',\n'.join('  ' + json.dumps(row) for row in entries['rows'])  # one per row, for reading and for diffs
         write_text(path, json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n{lines}\n ]\n}}\n')
-        with replacing(path.with_suffix('.csv')) as temporary, open(temporary, 'w', newline='') as f:
-            records = [_record(row) for row in self.rows]
-            writer = csv.DictWriter(f, list(records[0]), lineterminator='\n')
-            writer.writeheader()
-            writer.writerows(records)
 
     @classmethod
     def load(cls, path: Path) -> 'Results':
@@ -77,30 +68,6 @@ class Results:
         if 1 < len(self.batch_sizes) < 4:
             parts.append(f'batch {case.batch_size}')
         return ', '.join(parts)
-
-
-def _record(row: Row) -> dict[str, object]:
-    """What the CSV file says of a row."""
-    low, median, high = np.quantile(row.samples_ms, [.05, .5, .95]) if row.samples_ms else (None, None, None)
-    numbers = {
-        'median_ms': median,
-        'p5_ms': low,
-        'p95_ms': high,
-        'images_per_s': 1e3 * row.case.batch_size / median if median else None,
-        'roofline_ms': row.roofline_ms,
-        'relative_error': row.error,
-        'memory_mb': row.memory_mb,
-        'kept_mb_per_image': row.kept_mb,
-    }
-    return {
-        **dataclasses.asdict(row.case),
-        'status': row.status,
-        'n': len(row.samples_ms),
-        **{name: None if number is None else float(f'{number:.4g}') for name, number in numbers.items()},
-        **(row.gpu_state or dict.fromkeys(STATE)),
-        'params': row.params,
-        'macs': row.work.macs if row.work else None,
-    }
 
 
 def report(results: Sequence[Results]) -> str:

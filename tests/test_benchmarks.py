@@ -218,8 +218,6 @@ def test_results_read_back(tmp_path):
     results(rows).save(tmp_path / 'r.json')
     loaded = Results.load(tmp_path / 'r.json')
     assert loaded.rows == rows and loaded.peak == results(rows).peak and loaded.settings['batch_sizes'] == [1]
-    lines = (tmp_path / 'r.csv').read_text().splitlines()
-    assert lines[0].startswith('model,img_size,runtime') and 'out of memory' in lines[2]
 
 
 def test_no_result_file(tmp_path):
@@ -283,8 +281,6 @@ def test_frontier():
 def test_committed_results(path):
     loaded = Results.load(path)
     assert not loaded.settings['smoke'] and len(loaded.rows) > 5
-    csv = path.with_suffix('.csv').read_text().splitlines()
-    assert len(csv) == len(loaded.rows) + 1
     assert all(row.error is None or row.error < 0.3 for row in loaded.rows if row.samples_ms)
 
 
