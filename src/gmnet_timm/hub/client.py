@@ -1,6 +1,5 @@
 """Requests to the Hub that end, and whose failure says what state things are in."""
 import contextlib
-import hashlib
 import queue
 import threading
 from collections.abc import Callable, Iterator
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils.sha import sha_fileobj
 
 from gmnet_timm.errors import UserError
 from gmnet_timm.weights.config import REQUEST_ERRORS
@@ -78,8 +78,5 @@ def explaining(what: str) -> Iterator[None]:
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file."""
-    digest = hashlib.sha256()
     with path.open('rb') as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return sha_fileobj(file).hex()
