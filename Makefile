@@ -17,7 +17,7 @@ export OMP_WAIT_POLICY := PASSIVE
 # Tests call the `gmnet-timm` of this environment.
 export PATH := $(abspath $(BIN)):$(PATH)
 
-.PHONY: demo test test-slow test-scripts test-ecosystem bench-gpu docs lint format build clean
+.PHONY: demo test test-slow test-scripts test-ecosystem bench-gpu docs lint format build environments ecosystem clean
 
 demo: $(VENV)/demo.installed
 	$(BIN)/gmnet-timm demo $(ARGS)
@@ -51,7 +51,7 @@ bench-gpu:
 		--minutes 2 --output $(GPU_RESULTS)-latency.json
 	$(GPU_RUN) throughput --device cuda --runtimes cuda-graph --dtypes tf32 bfloat16 --batch-sizes 1 32 256 \
 		--rounds 5 --minutes 2 --output $(GPU_RESULTS)-throughput.json
-	$(GPU_RUN) throughput --device cuda --models gmnet_s3 --runtimes compile-max tensorrt --dtypes bfloat16 \
+	$(GPU_RUN) throughput --device cuda --models gmnet_s3 --runtimes compile-max --dtypes bfloat16 \
 		--batch-sizes 256 --rounds 5 --minutes 1.5 --output $(GPU_RESULTS)-throughput-max.json
 	$(GPU_RUN) training --device cuda --models $(GMNETS) --dtypes tf32 bfloat16 --batch-sizes 128 \
 		--rounds 3 --minutes 1 --output $(GPU_RESULTS)-training.json
@@ -72,6 +72,11 @@ format: $(VENV)/lint.installed
 build: $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet build
 	$(BIN)/python -m build
+
+# All at once, since what pip installs side by side into one environment is not safe.
+environments: $(VENV)/test.installed $(VENV)/lint.installed $(VENV)/docs.installed
+
+ecosystem: $(ECOSYSTEM)/ecosystem.installed
 
 # Python's own pip may be older than dependency groups.
 $(VENV)/bin/python:

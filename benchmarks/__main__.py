@@ -9,6 +9,7 @@ import dataclasses
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -39,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
                      help="names of timm, also with arguments: 'gmnet_s3 gate=fc' (default: GmNet and its peers)")
     run.add_argument('--device', default='auto')
     run.add_argument('--runtimes', nargs='+', choices=list(RUNTIMES), default=['eager'])
-    run.add_argument('--fuse', choices=list(FUSED), help='default: yes, for training no')
+    run.add_argument('--fuse', dest='fused', choices=list(FUSED), help='default: yes, for training no')
     run.add_argument('--dtypes', nargs='+', choices=list(DTYPES), default=['float32'])
     run.add_argument('--memory-formats', nargs='+', choices=list(MEMORY_FORMATS), default=['channels_last'])
     run.add_argument('--batch-sizes', nargs='+', type=int, help=f'default: {BATCH_SIZES}')
@@ -63,30 +64,23 @@ def settings(args: argparse.Namespace) -> Settings:
     unknown = [name for name, _ in map(split, args.models) if not timm.is_model(name)]
     if unknown:
         raise UserError(f'timm has no model {", ".join(unknown)}: see timm.list_models().')
-    found = Settings(
-        mode=args.mode,
-        models=tuple(args.models),
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in vars(args).items()}
+    del values['command'], values['output']
+    values |= dict(
         device=device,
-        runtimes=tuple(args.runtimes),
-        fused=FUSED[args.fuse or ('no' if args.mode == 'training' else 'yes')],
-        dtypes=tuple(args.dtypes),
-        memory_formats=tuple(args.memory_formats),
+        fused=FUSED[args.fused or ('no' if args.mode == 'training' else 'yes')],
         batch_sizes=tuple(args.batch_sizes or BATCH_SIZES[args.mode]),
         threads=args.threads or torch.get_num_threads(),
-        rounds=args.rounds,
-        iterations=args.iterations,
-        img_size=args.img_size,
         matmul_size=8192 if large else 2048,
         copy_mb=1024 if large else 256,
         warm_up_s=3,
-        smoke=args.smoke,
-        minutes=args.minutes,
     )
-    if not args.smoke:
-        return found
-    return dataclasses.replace(
-        found, models=found.models[:2], batch_sizes=found.batch_sizes[:1] if args.mode == 'latency' else (2,), rounds=2,
-        iterations=1, img_size=64, matmul_size=256, copy_mb=16, warm_up_s=0.1)
+    if args.smoke:
+        values |= dict(
+            models=values['models'][:2], batch_sizes=values['batch_sizes'][:1] if args.mode == 'latency' else (2,),
+            rounds=2, iterations=1, img_size=64, matmul_size=256, copy_mb=16, warm_up_s=0.1)
+    return Settings(**values)
 
 
 def run(args: argparse.Namespace) -> None:

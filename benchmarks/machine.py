@@ -14,8 +14,7 @@ __all__ = [
     'STATE', 'describe_machine', 'gpu_state', 'keep_freed_memory', 'set_arithmetic', 'slug', 'synchronize',
 ]
 
-PACKAGES = ('torch', 'torchvision', 'timm', 'gmnet-timm', 'onnxruntime', 'onnxruntime-gpu', 'openvino', 'onnx', 'numpy',
-            'torch-tensorrt')
+PACKAGES = ('torch', 'torchvision', 'timm', 'gmnet-timm', 'onnxruntime', 'onnxruntime-gpu', 'openvino', 'onnx', 'numpy')
 # What nvidia-smi knows of a device under load. The reasons are a bit mask, 0 if nothing holds the clock down.
 STATE = {
     'sm_mhz': 'clocks.sm',

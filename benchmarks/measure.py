@@ -1,11 +1,9 @@
 """Measuring: cases are built and checked one by one, then timed in interleaved rounds."""
-import contextlib
 import copy
 import dataclasses
 import functools
 import gc
 import itertools
-import multiprocessing
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -50,7 +48,7 @@ class Row:
     case: Case
     status: str  # 'ok' or the reason
     error: float | None = None  # relative, of the logits or the loss
-    memory_mb: float | None = None  # training: the most that was in use, MiB
+    memory_mb: float | None = None  # training on CUDA: the most that was in use, MiB
     samples_ms: list[float] = dataclasses.field(default_factory=list)
     roofline_ms: float | None = None
     work: Work | None = None
@@ -275,40 +273,17 @@ def targets(x: torch.Tensor) -> torch.Tensor:
 def peak_memory_mb(case: Case, device: torch.device) -> float | None:
     """The most memory that a training step uses: weights, gradients, optimizer state, activations and scratch space.
 
-    As allocated by torch on CUDA. On a CPU the growth of a fresh process, where nothing has left free memory behind.
-    None where neither can be known.
+    As allocated by torch on CUDA, None on other devices.
     """
-    if device.type == 'cuda':
-        torch.cuda.empty_cache()
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        two_steps(case, device)
-        return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
-    if device.type != 'cpu':
+    if device.type != 'cuda':
         return None
-    with multiprocessing.get_context('spawn').Pool(1) as pool:
-        return pool.apply(resident_growth_mb, (case, torch.get_num_threads()))
-
-
-def two_steps(case: Case, device: torch.device) -> None:
-    """The first step creates the optimizer's state, the second one has all of it at once."""
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
     step, *_ = prepare_training(case, torch.randn(case.batch_size, 3, case.img_size, case.img_size, device=device))
-    step()
-    step()
-
-
-def resident_growth_mb(case: Case, threads: int) -> float | None:
-    torch.set_num_threads(threads)
-    before = resident_mb('VmRSS')
-    two_steps(case, torch.device('cpu'))
-    return resident_mb('VmHWM') - before if before else None
-
-
-def resident_mb(field: str) -> float:
-    """Resident memory of this process, now (VmRSS) or at its most (VmHWM); 0 where Linux does not tell."""
-    with contextlib.suppress(OSError), open('/proc/self/status') as f:
-        return next(int(line.split()[1]) / 2 ** 10 for line in f if line.startswith(field))
-    return 0
+    for _ in range(2):  # the first step creates the optimizer's state, the second one has all of it at once
+        step()
+    return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
 
 
 def interleave(forwards: dict[Any, Forward], settings: Settings) -> dict[Any, list[float]]:

@@ -1,5 +1,5 @@
 """The models that are measured, the accuracy that was published for them, and weights to measure them with."""
-import ast
+import argparse
 import copy
 import dataclasses
 from typing import Any
@@ -7,7 +7,7 @@ from typing import Any
 import timm
 import torch
 from timm.layers import BatchNormAct2d
-from timm.utils import reparameterize_model
+from timm.utils import ParseKwargs, reparameterize_model
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 from torch.optim.swa_utils import update_bn
@@ -71,16 +71,12 @@ MODELS: dict[str, Model] = {model.name: model for model in [
 def split(spec: str) -> tuple[str, dict[str, Any]]:
     """Name and arguments of 'gmnet_s3 gate=fc recompute_gate=True'."""
     name, *pairs = spec.split()
-    kwargs: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, value = pair.partition('=')
-        if not (key and equals and value):
-            raise UserError(f'{pair} is not an argument of {name}: write KEY=VALUE.')
-        try:
-            kwargs[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            kwargs[key] = value  # a string without quotes
-    return name, kwargs
+    parsed = argparse.Namespace()
+    try:
+        ParseKwargs([], 'kwargs')(argparse.ArgumentParser(), parsed, pairs)
+    except ValueError as e:
+        raise UserError(f'{" ".join(pairs)} are not arguments of {name}: write KEY=VALUE.') from e
+    return name, parsed.kwargs
 
 
 def find(spec: str) -> Model:

@@ -60,21 +60,8 @@ def cuda_graph(net: nn.Module, x: torch.Tensor, dtype: str, threads: int) -> For
     if x.device.type != 'cuda':
         raise Unsupported('CUDA graphs need a CUDA device')
     net, x = cast(net, x, dtype)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # libraries allocate on first use, which a graph must not record
-        for _ in range(3):
-            net(x)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        output = net(x)
-
-    def replay() -> torch.Tensor:
-        graph.replay()
-        return output
-
-    return replay
+    graphed: Any = torch.cuda.make_graphed_callables(net, (x,))
+    return lambda: graphed(x)
 
 
 def onnxruntime(net: nn.Module, x: torch.Tensor, dtype: str, threads: int) -> Forward:
@@ -134,16 +121,6 @@ def openvino(net: nn.Module, x: torch.Tensor, dtype: str, threads: int) -> Forwa
     return forward
 
 
-def tensorrt(net: nn.Module, x: torch.Tensor, dtype: str, threads: int) -> Forward:
-    if x.device.type != 'cuda':
-        raise Unsupported('TensorRT needs a CUDA device')
-    trt = require('torch_tensorrt', 'bench-gpu')
-    net, x = cast(net, x, dtype)
-    engine = trt.compile(
-        net, ir='dynamo', arg_inputs=[x], min_block_size=1, disable_tf32=dtype != 'tf32', use_explicit_typing=True)
-    return lambda: engine(x)
-
-
 RUNTIMES: dict[str, Callable[[nn.Module, torch.Tensor, str, int], Forward]] = {
     'eager': eager,
     'compile': compiled,
@@ -151,7 +128,6 @@ RUNTIMES: dict[str, Callable[[nn.Module, torch.Tensor, str, int], Forward]] = {
     'cuda-graph': cuda_graph,
     'onnxruntime': onnxruntime,
     'openvino': openvino,
-    'tensorrt': tensorrt,
 }
 
 

@@ -19,7 +19,6 @@ from benchmarks.models import Model, create
 from benchmarks.report import Results, conditions, table
 from benchmarks.roofline import Peak, Work
 from benchmarks.runtimes import RUNTIMES, Unsupported
-from gmnet_timm.errors import MissingExtraError
 
 ROOT = Path(__file__).parent.parent
 SETTINGS = Settings(
@@ -104,15 +103,6 @@ def test_tf32_needs_cuda():
             RUNTIMES[runtime](net, x, 'tf32', 1)
     with pytest.raises(Unsupported, match='no OpenVINO in tf32 on cpu'):
         RUNTIMES['openvino'](net, x, 'tf32', 1)
-
-
-def test_tensorrt(monkeypatch):
-    net, x = nn.Conv2d(3, 4, 1), torch.randn(1, 3, 8, 8)
-    with pytest.raises(Unsupported, match='TensorRT needs a CUDA device'):
-        RUNTIMES['tensorrt'](net, x, 'float32', 1)
-    monkeypatch.setitem(__import__('sys').modules, 'torch_tensorrt', None)
-    with pytest.raises(MissingExtraError, match=re.escape("pip install 'gmnet-timm[bench-gpu]'")):
-        RUNTIMES['tensorrt'](net, x.as_subclass(OnCuda), 'float32', 1)
 
 
 def test_plan_holds_one_model_at_a_time():
