@@ -227,19 +227,6 @@ def test_full_disk(size, report, tmp_path, capsys):
         subprocess.run(['umount', '--lazy', str(tmp_path)], check=True)  # files may still be open in a traceback
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)  # another worker shares the cores
-def test_demo_learns(tmp_path):
-    """With three fifths of the training of `make demo`, which learns more.
-
-    Processor seconds are counted, as other work on the machine stretches the others. An idle one needs no more.
-    """
-    start = time.process_time()
-    report = demo.run_demo(tmp_path, device='cpu', patches=240, epochs=4)
-    assert report.top1 >= 80
-    assert time.process_time() - start < 400
-
-
 def test_a_training_that_diverges_is_said(tmp_path, capsys):
     assert main(['demo', '--output', str(tmp_path / 'new'), *TINY_FLAGS, '--lr', '1e30']) == 1
     assert re.search('error: The training diverged in epoch 0.*--lr', capsys.readouterr().err)

@@ -2,6 +2,7 @@
 import ast
 import functools
 import importlib.metadata
+import os
 import re
 import subprocess
 import sys
@@ -129,11 +130,17 @@ def test_wheel_works_like_the_checkout(wheel, tmp_path):
     info = subprocess.run([venv / 'bin' / 'gmnet-timm', 'info'], capture_output=True, text=True, check=True)
     assert '17,061,460' in info.stdout
 
-    # What docs/models.md says of an entry point whose module is gone
+    # An entry point whose module is gone: torch says what the documents quote, and both of their remedies help
     (site / 'gmnet_timm_autoload.py').unlink()
     import_torch = [python, '-c', 'import torch']
     failed = subprocess.run(import_torch, capture_output=True, text=True)
-    assert 'RuntimeError: Failed to load the backend extension: gmnet_timm.' in failed.stderr
+    message = 'Failed to load the backend extension: gmnet_timm'
+    assert f'RuntimeError: {message}.' in failed.stderr
+    for document in ('docs/models.md', 'docs/training.md'):
+        text = (ROOT / document).read_text()
+        for quoted in (message, 'TORCH_DEVICE_BACKEND_AUTOLOAD=0', 'pip uninstall gmnet-timm'):
+            assert f'`{quoted}`' in text
+    subprocess.run(import_torch, check=True, env={**os.environ, 'TORCH_DEVICE_BACKEND_AUTOLOAD': '0'})
     subprocess.run([python, '-m', 'pip', 'uninstall', '--quiet', '--yes', 'gmnet-timm'], check=True)
     subprocess.run(import_torch, check=True)
 

@@ -3,7 +3,7 @@
 In a document, blocks are run in order, ```python blocks that follow each other in one process, the lines of ```bash
 blocks in a shell or, if they only call `gmnet-timm`, in this process, which has imported torch already. They start in
 an empty folder that holds `photo.jpg`. A block after `<!-- not run: reason -->` is not run. The demo is shortened here:
-tests/test_demo.py runs the whole.
+tests/ecosystem/test_quantize.py runs more of it.
 """
 import itertools
 import os

@@ -231,9 +231,10 @@ def test_gmnet_from_elsewhere(gmnet_from_elsewhere, gate):
     assert list(find_gates(theirs)) == list(ours) and len(ours) == 16
 
 
-@pytest.mark.parametrize('feature_cls, prefix', [
-    ('list', ''), ('dict', ''), ('hook', ''), ('getter', 'model.'), ('fx', 'graph_module.')])
-@pytest.mark.parametrize('name, gates', [('gmnet_s1', 16), ('resnet18_ewp', 8), ('mobilenetv2_100_gate_gelu', 16)])
+@pytest.mark.parametrize('name, gates, feature_cls, prefix', [
+    ('gmnet_s1', 16, 'list', ''), ('gmnet_s1', 16, 'dict', ''), ('gmnet_s1', 16, 'hook', ''),
+    ('gmnet_s1', 16, 'getter', 'model.'), ('gmnet_s1', 16, 'fx', 'graph_module.'),
+    ('resnet18_ewp', 8, 'hook', ''), ('mobilenetv2_100_gate_gelu', 16, 'list', '')])
 def test_feature_extractors(name, gates, feature_cls, prefix):
     model = timm.create_model(name, features_only=True, feature_cls=feature_cls)
     found = find_gates(model, torch.zeros(1, 3, 64, 64))
