@@ -1,4 +1,5 @@
 """What `gmnet-timm demo` trains is good, and stays so in int8 by examples/quantize.py."""
+import os
 import re
 import resource
 import subprocess
@@ -16,7 +17,9 @@ ROW = re.compile(r'^(.+?) +top-1 ([\d.]+) -> ([\d.]+) %, same answer ([\d.]+) %,
 
 
 def run(*command, folder, check=True):
-    result = subprocess.run(command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}  # two on cores that others use wait for each other
+    result = subprocess.run(
+        command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert (result.returncode == 0) == check, result.stdout
     return result.stdout
 
