@@ -83,6 +83,8 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
 
+# What is imported is compiled then: all of it would take minutes.
+PIP_INSTALL := -m pip install --quiet --no-compile
 $(VENV)/%.installed: WHAT = --editable '.[$*]'
 $(VENV)/test.installed: WHAT = --editable '.[$(TEST_EXTRAS)]' --group test
 $(VENV)/scripts.installed: WHAT = --editable '.[$(TEST_EXTRAS)]' --group scripts
@@ -91,7 +93,7 @@ $(VENV)/lint.installed: WHAT = --group lint
 $(VENV)/docs.installed: WHAT = --group docs
 # An editable installation holds a copy of the module that torch's entry point names.
 $(VENV)/%.installed: pyproject.toml src/gmnet_timm_autoload.py $(VENV)/bin/python
-	$(BIN)/python -m pip install --quiet $(WHAT) $(addprefix --constraint ,$(CONSTRAINTS))
+	$(BIN)/python $(PIP_INSTALL) $(WHAT) $(addprefix --constraint ,$(CONSTRAINTS))
 	touch $@
 
 # torch and the other gigabytes are there once: the packages of $(VENV) are seen after its own, unless it needs others.
@@ -101,7 +103,7 @@ $(ECOSYSTEM)/ecosystem.installed: pyproject.toml $(shell find src -type f -not -
 	$(ECOSYSTEM)/bin/python -m pip install --quiet --upgrade 'pip>=25.1'
 	$(ECOSYSTEM)/bin/python -m pip install --quiet --no-deps $(ECOSYSTEM)/wheel/*.whl
 	cd $(ECOSYSTEM)/lib/python*/site-packages && echo $(abspath $(VENV))/lib/python*/site-packages > shared.pth
-	$(ECOSYSTEM)/bin/python -m pip install --quiet 'gmnet-timm[ecosystem]' --constraint tests/constraints-ecosystem.txt
+	$(ECOSYSTEM)/bin/python $(PIP_INSTALL) 'gmnet-timm[ecosystem]' --constraint tests/constraints-ecosystem.txt
 	touch $@
 
 clean:
