@@ -186,7 +186,7 @@ def test_activations_on_request():
     products = trace(net, torch.randn(1, 3, 8, 8), activations=True).products
     assert {name: found.kind for name, found in products.items()} == {
         ':gelu': 'activation', ':relu': 'activation', ':relu#2': 'activation', '': 'gate'}
-    assert all(found.layouts[0].name == 'NCHW' for found in products.values())
+    assert all(found.layout.name == 'NCHW' for found in products.values())
     resnet = timm.create_model('test_resnet').eval()  # its activations work in place
     assert len(trace(resnet, torch.randn(1, 3, 64, 64), activations=True).products) > 5
 

@@ -34,9 +34,8 @@ def add_layers(commands) -> None:
         help='modules to look at, such as layer1.0 or stages.*.0 (default: all gates; the blocks where there are none)')
     parser.add_argument('--gates', nargs='+', metavar='PATTERN', help='gates to look at, by the module that multiplies')
     parser.add_argument(
-        '--kinds', nargs='+', default=['gate'], choices=['gate', 'activation', 'attention'],
-        help='what counts as a gate: also activations, x * (f(x) / x), and products with channel or spatial weights '
-             '(default: gate)')
+        '--kinds', nargs='+', default=['gate'], choices=['gate', 'activation'],
+        help='what counts as a gate: also activations, x * (f(x) / x) (default: gate)')
     parser.add_argument(
         '--channels', type=number_or_all, default=8, metavar='N',
         help='look at N channels of each map, or at all, which can take longer than the passes (default: 8)')

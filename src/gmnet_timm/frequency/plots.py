@@ -78,7 +78,7 @@ def plot_spectrum(layer: LayerSpectrum, ax: Any = None) -> Any:
         values = signal.per_mode[1:] / energy
         _log_line(ax, values, label=SIGNAL_NAMES[name], **LINES[_SIGNAL_STYLES[name]])
     statistics = layer.statistics
-    if statistics is not None and statistics.predicted is not None:
+    if statistics is not None:
         size = layer.signals['product'].size
         predicted = bin_power(statistics.predicted, *size)
         values = (predicted / modes_per_bin(*size))[1:] / predicted[1:].sum()

@@ -77,7 +77,7 @@ class GateStatistics:
         gain: Energy of the product over energy of the value operand, both without the mean.
         aliased: Share of the product's energy without the mean that lies beyond the frequencies of the map, and so
             folds back, measured by the same product on a grid that is twice as fine, for the first images.
-        predicted: Power by frequency in theory, mean over channels, (H, W // 2 + 1), None where there is none.
+        predicted: Power by frequency in theory, mean over channels, (H, W // 2 + 1).
         theory: 'gaussian' for a function of one input that is taken as Gaussian, 'independent' for two operands that
             are taken as independent.
         value_mean: Mean of each channel of the value operand, (C,), which theory takes.
@@ -91,7 +91,7 @@ class GateStatistics:
     clipped_high: float
     gain: float
     aliased: float
-    predicted: torch.Tensor | None
+    predicted: torch.Tensor
     theory: str
     value_mean: torch.Tensor
     value_power: torch.Tensor
@@ -103,7 +103,7 @@ class LayerSpectrum:
 
     Attributes:
         name: Of the module, '#2' for its second call or product.
-        kind: 'module', 'gate', 'activation' or 'attention'.
+        kind: 'module', 'gate' or 'activation'.
         signals: 'input' and 'output' of a module (one of them where the other is not a map), or 'gate', 'value' and
             'product'.
         statistics: Of a gate or an activation.
@@ -144,7 +144,9 @@ class LayerSpectrum:
         for name, signal in self.signals.items():
             per_mode = signal.per_mode.tolist()
             bounds = gain if gain is not None and signal is self.after else None
-            predicted = self._predicted_power() if name == 'product' else None
+            predicted = None
+            if name == 'product' and self.statistics is not None:
+                predicted = bin_power(self.statistics.predicted, *signal.size)
             for k, power in enumerate(signal.power.mean(0).tolist()):
                 rows.append(dict(
                     layer=self.name, kind=self.kind, signal=name, layout=signal.layout, height=signal.size[0],
@@ -156,17 +158,11 @@ class LayerSpectrum:
                 ))
         return rows
 
-    def _predicted_power(self) -> torch.Tensor | None:
-        """What theory predicts for the product, by radial bin, (bins,)."""
-        predicted = None if self.statistics is None else self.statistics.predicted
-        return None if predicted is None else bin_power(predicted, *self.signals['product'].size)
-
     @property
     def predicted_high(self) -> float:
-        """`Signal.high` of the product in theory, NaN where there is none."""
-        predicted = None if self.statistics is None else self.statistics.predicted
-        return math.nan if predicted is None else high_frequency_energy(
-            predicted, self.signals['product'].size[1]).item()
+        """`Signal.high` of the product of a gate in theory, NaN for a module."""
+        return math.nan if self.statistics is None else high_frequency_energy(
+            self.statistics.predicted, self.signals['product'].size[1]).item()
 
     def described(self) -> dict[str, str]:
         """The summary in words, for a person."""
@@ -178,8 +174,7 @@ class LayerSpectrum:
             for name, signal in self.signals.items()}
         statistics = self.statistics
         if statistics is not None:
-            if statistics.predicted is not None:
-                found[f'product in theory ({statistics.theory}), high'] = number(self.predicted_high)
+            found[f'product in theory ({statistics.theory}), high'] = number(self.predicted_high)
             found['aliased energy'] = f'{number(100 * statistics.aliased)} %'
             found['clipped below, above'] = (
                 f'{100 * statistics.clipped_low:.1f} %, {100 * statistics.clipped_high:.1f} %')

@@ -33,7 +33,7 @@ __all__ = ['find_blocks', 'layer_spectra', 'list_layers', 'strongest_channels']
 
 _logger = logging.getLogger(__name__)
 
-KINDS = ('gate', 'activation', 'attention')
+KINDS = ('gate', 'activation')
 
 
 def find_blocks(model: nn.Module, found: Trace) -> tuple[list[str], list[str]]:
@@ -106,7 +106,7 @@ def list_layers(model: nn.Module, images: torch.Tensor) -> list[tuple[str, str]]
     model = uncompiled(model)
     with evaluation_mode(model):
         found = trace(model, images, activations=True)
-    products = _chosen_products(found, ('gate', 'activation'), None)
+    products = _chosen_products(found, KINDS, None)
     return [
         *((name, product.kind) for name, product in products.items()),
         *((name, 'module') for name in find_blocks(model, found)[0])]
@@ -140,8 +140,7 @@ def layer_spectra(
         loader: Batches of normalised images (B, C, H, W) and labels.
         modules: Names of modules or patterns such as 'stages.*.blocks.0', whose input and output are looked at.
         gates: Names or patterns of products to look at. With neither, all gates; the blocks of a model without gates.
-        kinds: 'gate' (an entry per position and channel in both operands), 'attention' (one operand is broadcast, as in
-            squeeze-and-excitation), 'activation' (x * (f(x) / x)).
+        kinds: 'gate' (an entry per position and channel in both operands), 'activation' (x * (f(x) / x)).
         layout: 'NCHW', 'NHWC', 'NLC' or 'NCL' where the layout of the named modules is known better than it is found.
         window: None or 'hann', as for `radial_power_spectrum`.
         channels: Look at this many channels of each map, evenly spaced, None for all. Spectra of all channels can cost
@@ -192,8 +191,8 @@ class _Watcher:
         if not self.layouts and not products:
             raise UserError('The model has no gates and no blocks that hold maps. Name the modules to look at.')
         self.gates = {
-            name: GateTally.of(product.kind, product.layouts, share(alias_images))
-            for name, product in products.items()}
+            name: GateTally.of(product.kind, product.layout, share(alias_images))
+            for name, product in products.items() if product.layout is not None}
         tallies = {}  # of one tensor, such as the output of a block and the input of the next
         self.measured = set()
         for key, found_layout in self.layouts.items():
@@ -246,7 +245,7 @@ class _Watcher:
 def _chosen_products(found: Trace, kinds: Sequence[str], patterns: Sequence[str] | None) -> dict[str, FoundProduct]:
     """Products of these kinds that match and hold maps; all that hold maps without patterns."""
     products = {name: product for name, product in found.products.items() if product.kind in kinds}
-    with_maps = {name: product for name, product in products.items() if product.layouts[2] is not None}
+    with_maps = {name: product for name, product in products.items() if product.layout is not None}
     if not patterns:
         return with_maps
     names = _match(patterns, list(products), 'gate')

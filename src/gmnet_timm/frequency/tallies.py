@@ -118,7 +118,7 @@ class GateTally:
 
     Attributes:
         kind: As of `LayerSpectrum`.
-        signals: Of gate, value and product, those that hold maps.
+        signals: Of gate, value and product.
         alias_images: Number of images of this process for aliased energy.
         pre: Number, sum and sum of squares of the values that enter the activation, where they are no operand.
         pre_is_value: The activation takes the value operand.
@@ -139,23 +139,18 @@ class GateTally:
     function: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     @classmethod
-    def of(cls, kind: str, layouts: Sequence[Layout | None], alias_images: int) -> 'GateTally':
-        named = zip(('gate', 'value', 'product'), layouts, strict=True)
-        return cls(kind, {name: Tally(layout) for name, layout in named if layout is not None}, alias_images)
+    def of(cls, kind: str, layout: Layout, alias_images: int) -> 'GateTally':
+        return cls(kind, {name: Tally(layout) for name in ('gate', 'value', 'product')}, alias_images)
 
     def add(self, product: Product, window: str | None, channels: int | None) -> None:
         """Add the product of a batch, by parts of it whose maps and spectra stay in a processor's cache."""
-        for part in _parts(product, [(key, tally.layout) for key, tally in self.signals.items()], channels):
+        for part in _parts(product, self.signals['product'].layout, channels):
             self._add(part, window, channels)
 
     def _add(self, product: Product, window: str | None, channels: int | None) -> None:
-        operands = dict(gate=product.gate, value=product.value, product=product.product)
-        is_gate = self.kind != 'attention'
-        maps = {name: tally.read(operands[name], channels) for name, tally in self.signals.items()}
+        maps = {name: tally.read(getattr(product, name), channels) for name, tally in self.signals.items()}
         for name, tally in self.signals.items():
-            tally.add(maps[name], window, operand=is_gate and name != 'product')
-        if not is_gate:
-            return
+            tally.add(maps[name], window, operand=name != 'product')
         self.function = _function_of(product)
         self.pre_is_value = _is_same(product.pre_gate, product.value)
         if product.pre_gate is not None and not self.pre_is_value:
@@ -193,10 +188,10 @@ class GateTally:
         return whole
 
     def result(self, name: str) -> LayerSpectrum:
-        if not next(iter(self.signals.values())).power:
+        if not self.signals['product'].power:
             raise UserError(f'The gate {name} did not run in the last passes: the model does not always do the same.')
         signals = {key: tally.signal() for key, tally in self.signals.items()}
-        return LayerSpectrum(name, self.kind, signals, None if self.kind == 'attention' else self._statistics(signals))
+        return LayerSpectrum(name, self.kind, signals, self._statistics(signals))
 
     def _statistics(self, signals: dict[str, Signal]) -> GateStatistics:
         gate, value = self.signals['gate'], self.signals['value']
@@ -229,27 +224,20 @@ class GateTally:
         return math.sqrt(max(0., square / count - (total / count) ** 2))
 
 
-def _parts(
-        product: Product,
-        layouts: Sequence[tuple[str, Layout]],
-        channels: int | None,
-) -> Iterator[Product]:
-    """The same product of a few images after the other; of all at once where operands hold them in different ways."""
-    layout, rows = layouts[-1][1], len(product.product)
+def _parts(product: Product, layout: Layout, channels: int | None) -> Iterator[Product]:
+    """The same product of a few images after the other."""
+    rows = len(product.product)
     images = rows // layout.per_image
     positions = math.prod(layout.size)
     all_channels = product.product.numel() // (images * positions)
     entries = positions * min(all_channels, channels or all_channels)
     count = max(1, _CACHED // entries) * layout.per_image
-    alike = all(len(getattr(product, key)) == rows and other.per_image == layout.per_image for key, other in layouts)
-    if count >= rows or not alike or product.product.device.type != 'cpu':
+    if count >= rows or product.product.device.type != 'cpu':
         yield product
         return
     names = [key for key in ('gate', 'value', 'product', 'pre_gate') if getattr(product, key) is not None]
     for start in range(0, rows, count):
-        parts = {key: getattr(product, key) for key in names}
-        yield dataclasses.replace(
-            product, **{key: x[start:start + count] for key, x in parts.items() if len(x) == rows})
+        yield dataclasses.replace(product, **{key: getattr(product, key)[start:start + count] for key in names})
 
 
 def _function_of(product: Product) -> Callable[[torch.Tensor], torch.Tensor] | None:

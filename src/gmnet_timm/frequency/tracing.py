@@ -62,11 +62,11 @@ class FoundProduct:
         kind: 'gate' where both operands have an entry per position and channel. 'attention' where one was broadcast,
             such as the channel weights of squeeze-and-excitation, a map of attention, or the reciprocal standard
             deviation of a norm. 'activation' for one that was read as a gate, on request.
-        layouts: Of gate, value and product; None where it does not hold maps, or layouts were not looked for.
+        layout: Of a gate or an activation; None where it does not hold maps, or layouts were not looked for.
     """
 
     kind: str
-    layouts: tuple[Layout | None, Layout | None, Layout | None] = (None, None, None)
+    layout: Layout | None = None
 
 
 @dataclasses.dataclass
@@ -120,10 +120,10 @@ def trace(model: nn.Module, images: torch.Tensor, *, activations: bool = False, 
         return positions.layout(x) if positions is not None else None
 
     def on_product(product: Product) -> None:
-        gate, value, result = (layout(x) for x in (product.gate, product.value, product.product))
+        known = None
         if product.kind != 'attention':  # nothing is broadcast: what is known of one entry holds for all three
-            gate = value = result = gate or value or result
-        found.products[product.name] = FoundProduct(product.kind, (gate, value, result))
+            known = layout(product.gate) or layout(product.value) or layout(product.product)
+        found.products[product.name] = FoundProduct(product.kind, known)
 
     def on_module(name: str, side: str, x: torch.Tensor) -> None:
         found.modules[name, side], found.shapes[name, side] = layout(x), x.shape
