@@ -79,9 +79,6 @@ def copy(saved, tmp_path):
     return tmp_path / 'model'
 
 
-
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize('batch', [1, 2, 5])
 def test_it_computes_the_models_logits(saved, batch):

@@ -152,9 +152,6 @@ def test_unusual_metadata(tmp_path):
     assert metadata == {key: content[key] for key in kept}
 
 
-
-
-
 class RunsCode:
     def __reduce__(self):
         return os.system, ('touch pickled_code_ran',)
