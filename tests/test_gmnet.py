@@ -198,7 +198,7 @@ def test_act_layer_by_name(name, fn):
     torch.testing.assert_close(block(x), x + branch * block.gamma[:, None, None])
 
 
-NO_LAYER_SCALE = [0, 0., False, None]
+NO_LAYER_SCALE = [0, False, None]
 
 
 def without_layer_scale(init_values=0, **kwargs) -> torch.nn.Module:

@@ -33,7 +33,7 @@ def test_five_base_dependencies_with_the_floors_that_are_tested():
 # What a folder imports beyond the base dependencies, by the extra that declares it; and what base dependencies declare.
 EXTRAS = {
     'src/gmnet_timm': 'demo', 'src/gmnet_timm/frequency': 'freq', 'src/gmnet_timm/explore': 'explore',
-    'src/gmnet_timm/hub': 'onnx', 'src/gmnet_timm/training': 'plot', 'benchmarks': 'bench',
+    'src/gmnet_timm/hub': 'onnx', 'benchmarks': 'bench',
 }
 PROMISED = {'numpy': 'torchvision', 'pillow': 'torchvision', 'pyyaml': 'timm', 'tqdm': 'huggingface_hub'}
 

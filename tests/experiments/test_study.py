@@ -250,6 +250,7 @@ def test_power_is_for_the_first_step_of_holm():
     assert power == pytest.approx(.8, abs=.02)  # both were rounded
 
 
+@pytest.mark.slow
 def test_committed_comparisons_follow_from_the_committed_accuracies():
     fresh = study_report.test_rows(_rows(RESULTS / 'accuracy.csv'))
     assert [{key: str(value) for key, value in row.items()} for row in fresh] == _rows(RESULTS / 'tests.csv')

@@ -357,6 +357,7 @@ def test_card_usage_with_other_channels(in_chans, run, tmp_path, monkeypatch, ca
         assert not Path('onnx').exists()
 
 
+@pytest.mark.slow
 def test_card_facts(run, tmp_path):
     """Of the authors' size: cost by hand, sizes of training and test, the family, the authors in the citation."""
     torch.save(timm.create_model('gmnet_s3').state_dict(), tmp_path / 's3.pth')

@@ -1,10 +1,8 @@
 """gmnet-timm check-run, on run folders written by hand, whose answers are known."""
 import argparse
 import functools
-import os
 import re
 import shlex
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,8 +11,8 @@ import torch
 import yaml
 
 from gmnet_timm.cli.main import main
-from gmnet_timm.errors import MissingExtraError, UserError
-from gmnet_timm.training.check import deviations, format_run, plot_run, symptoms
+from gmnet_timm.errors import UserError
+from gmnet_timm.training.check import deviations, format_run, symptoms
 from gmnet_timm.training.recipe import load_recipe
 from gmnet_timm.weights.runs import read_run
 
@@ -373,57 +371,3 @@ def test_folder_of_something_else(tmp_path, capsys):
             read_run(folder)
     assert main(['check-run', str(tmp_path)]) == 1
     assert '--experiment' in capsys.readouterr().err
-
-
-def test_plot_draws_the_numbers_of_the_summary(run, tmp_path, monkeypatch):
-    figure = pytest.importorskip('matplotlib.figure')
-    drawn = []
-    save = figure.Figure.savefig
-
-    def keep(self, *args, **kwargs):
-        drawn.append([[list(line.get_ydata()) for line in axes.lines] for axes in self.axes])
-        return save(self, *args, **kwargs)
-
-    monkeypatch.setattr(figure.Figure, 'savefig', keep)
-    assert main(['check-run', str(run), '--plot', str(tmp_path / 'run.png')]) == 0
-    losses = [7 - .1 * i for i in range(8)]
-    assert drawn == [[[losses, losses], [[.1, 5, 15, 25, 35, 45, 44, 43]], [[.001] * 8]]]
-    assert (tmp_path / 'run.png').read_bytes().startswith(b'\x89PNG')
-
-
-def test_plot_of_a_folder_with_dollar_signs(run):
-    pytest.importorskip('matplotlib')
-    folder = run / 'a $1$_{ run'
-    folder.mkdir()
-    write_summary(folder, [1, 2])
-    plot_run(read_run(folder), run / 'run.png')
-    assert (run / 'run.png').stat().st_size > 0
-
-
-def test_plot_and_recipe_do_not_replace_a_pipe(run, capsys):
-    pytest.importorskip('matplotlib')
-    os.mkfifo(run / 'pipe')
-    for argv in (['check-run', str(run), '--plot'], ['recipe', 'gmnet_s1', '--force', '-o']):
-        assert main([*argv, str(run / 'pipe')]) == 1
-        assert 'is not a regular file' in capsys.readouterr().err
-        assert (run / 'pipe').is_fifo()
-
-
-def test_missing_matplotlib_does_not_look_like_an_unhealthy_training(run, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
-    assert main(['check-run', str(run), '--plot', 'run.png']) == 3
-    captured = capsys.readouterr()
-    assert 'health:            ok' in captured.out and "pip install 'gmnet-timm[plot]'" in captured.err
-
-
-def test_plot_says_what_is_missing(run, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
-    with pytest.raises(MissingExtraError, match=r'gmnet-timm\[plot\]'):
-        plot_run(read_run(run), 'run.png')
-    monkeypatch.undo()
-    pytest.importorskip('matplotlib')
-    with pytest.raises(UserError, match='Cannot write'):
-        plot_run(read_run(run), run / 'args.yaml' / 'run.png')
-    (run / 'summary.csv').unlink()
-    with pytest.raises(UserError, match='nothing to draw'):
-        plot_run(read_run(run), 'run.png')

@@ -325,7 +325,7 @@ def test_killed_run_is_continued(work, train):
 
     train('killed', *flags, '--resume', 'runs/killed/last.pth.tar')
     epochs, expected = read_run(killed).epochs, read_run(whole).epochs
-    assert [(e.epoch, e.lr) for e in epochs] == [(e.epoch, e.lr) for e in expected]
+    assert [(e.epoch, e.values['lr']) for e in epochs] == [(e.epoch, e.values['lr']) for e in expected]
     assert epochs[1].train_loss == expected[1].train_loss  # the part before the kill is the same run
     state, expected_state = checkpoint(killed)['optimizer'], checkpoint(whole)['optimizer']
     assert state['param_groups'] == expected_state['param_groups']

@@ -9,7 +9,6 @@ import contextlib
 import faulthandler
 import json
 import os
-import pickletools
 import random
 import re
 import struct
@@ -45,8 +44,8 @@ from gmnet_timm.gmnet import GmNet
 from gmnet_timm.weights.description import describe_tensors
 from gmnet_timm.weights.files import CheckpointError, read_checkpoint, read_outline
 
-CASES = 6000
-CHUNK = 3000
+CASES = 4200
+CHUNK = 2100
 MAX_SECONDS = 10  # for one file
 BEYOND = 256 << 20  # bytes of memory beside twice the file
 
@@ -190,63 +189,7 @@ def hostile_pickle(files: Files, rng: random.Random) -> tuple[str, bytes]:
     return 'foreign', zip_file(data, raw) if rng.random() < 0.5 else legacy_file(data, raw, ('0',))
 
 
-def random_pickle(files: Files, rng: random.Random) -> tuple[str, bytes]:
-    """A pickle whose opcodes were shuffled, repeated, or drawn at random, with right checksums around it."""
-    records = dict(records_of(files.raw['zip'][0]))
-    name = next(name for name in records if name.endswith('data.pkl'))
-    data = records[name]
-    starts = [position for _, _, position in pickletools.genops(data)] + [len(data)]
-    pieces = [data[a:b] for a, b in zip(starts, starts[1:])]
-    for _ in range(rng.randrange(1, 6)):
-        at = rng.randrange(1, len(pieces))
-        how = rng.randrange(5)
-        if how == 0:
-            del pieces[at]
-        elif how == 1:
-            pieces[at:at] = [pieces[at]] * rng.choice((1, 5, 50_000))
-        elif how == 2:
-            pieces[at] = rng.choice(pieces)
-        elif how == 3:
-            pieces[at:at] = [bytes([rng.randrange(256)])]
-        else:
-            pieces[at:at + 20] = rng.sample(pieces[at:at + 20], len(pieces[at:at + 20]))
-    records[name] = b''.join(pieces)
-    return 'foreign', zip_of(records.items())
-
-
-def safetensors_header(files: Files, rng: random.Random) -> tuple[str, bytes]:
-    kind = rng.choice(('plain', 'hashed'))
-    raw = files.raw[kind][0]
-    length = struct.unpack('<Q', raw[:8])[0]
-    header = json.loads(raw[8:8 + length])
-    name = rng.choice([key for key in header if key != '__metadata__'])
-    big = rng.choice((0, 1, -1, 1 << 31, 1 << 40, 1 << 62, 1 << 64, 10 ** 400, 0.5, None, 'x', [], {}))
-    how = rng.randrange(8)
-    if how == 0:
-        header[name]['shape'] = rng.choice(([big], [big, big], big, [1] * 100_000))
-    elif how == 1:
-        header[name]['data_offsets'] = rng.choice(([big, 8], [0, big], [8, 0], big))
-    elif how == 2:
-        header[name]['dtype'] = rng.choice(('F64', 'F16', 'BF16', 'I64', 'F8_E4M3', 'BOOL', 'F4', 'X', 3))
-    elif how == 3:
-        header[rng.choice((name + 'x', 'a\nb', ''))] = rng.choice((big, header[name], {}))
-    elif how == 4:
-        many = {str(i): 'x' for i in range(10_000)}
-        header['__metadata__'] = rng.choice((big, {'a': big}, {'weights_sha256': 'x'}, many))
-    elif how == 5:
-        return 'foreign', struct.pack('<Q', rng.choice((0, 1, length + 1, 1 << 40, (1 << 64) - 1))) + raw[8:]
-    elif how == 6:
-        text = rng.choice((b'[' * 50_000, b'{"a":' * 50_000, b'{}', b'null', b'"', b'{"a":1,"a":2}', b'\xff' * 100))
-        return 'foreign', struct.pack('<Q', len(text)) + text + raw[8 + length:]
-    else:
-        values = list(header.values())
-        rng.shuffle(values)
-        header = dict(zip(header, values))
-    text = json.dumps(header).encode()
-    return 'foreign', struct.pack('<Q', len(text)) + text + raw[8 + length:]
-
-
-MAKERS = (damage, damage, damage, splice, headers, headers, hostile_pickle, random_pickle, safetensors_header)
+MAKERS = (damage, damage, damage, splice, headers, headers, hostile_pickle)
 
 
 def make_case(seed: int, files: Files) -> tuple[str, str, bytes]:
@@ -311,9 +254,8 @@ def work(start: int, count: int) -> dict:
     failures = []
     for seed in range(start, start + count):
         maker, kind, raw = make_case(seed, files)
-        suffix = '.safetensors' if maker == 'safetensors_header' else SUFFIX.get(kind, '.pth')
         try:
-            refused = check(kind, raw, Path(f'case{suffix}'), files)
+            refused = check(kind, raw, Path(f'case{SUFFIX.get(kind, ".pth")}'), files)
         except Exception as e:
             failures.append(f'seed {seed}, {maker}, {kind}: {type(e).__name__}: {e}'[:500])
         else:

@@ -40,7 +40,7 @@ def test_everything_of_a_run(run):
     assert found.epochs[1] == Epoch(
         1, dict(train_loss=1.5, eval_loss=1.25, eval_top1=30., eval_top5=70., lr=.05))
     epoch = found.epochs[1]
-    assert (epoch.train_loss, epoch.eval_loss, epoch.top1, epoch.top5, epoch.lr) == (1.5, 1.25, 30, 70, .05)
+    assert (epoch.train_loss, epoch.eval_loss, epoch.top1, epoch.top5, epoch.values['lr']) == (1.5, 1.25, 30, 70, .05)
     first, last = found.checkpoints
     assert (first.path.name, first.epoch, first.metric, first.ema) == ('checkpoint-0.pth.tar', 0, 10., True)
     assert (last.epoch, last.metric, last.ema) == (1, 30., False)

@@ -174,13 +174,12 @@ def _add_check_run(commands) -> None:
     parser.add_argument('run_dir', help='folder with args.yaml, summary.csv and checkpoints')
     parser.add_argument('--recipe', default='imagenet', help='recipe to compare with (default: imagenet)')
     parser.add_argument('--gpus', type=int, help='world size (number of GPUs) until a checkpoint records it')
-    parser.add_argument('--plot', metavar='PNG', help='draw loss, top-1 and learning rate (needs the extra plot)')
     parser.set_defaults(run=_run_check_run)
 
 
 def _run_check_run(args: argparse.Namespace) -> int:
     """Read a run folder of train.py. The exit status is 1 if the training looks unhealthy."""
-    from gmnet_timm.training.check import format_run, plot_run, symptoms
+    from gmnet_timm.training.check import format_run, symptoms
     from gmnet_timm.training.recipe import global_batch_size
     from gmnet_timm.weights.runs import read_run
 
@@ -189,6 +188,4 @@ def _run_check_run(args: argparse.Namespace) -> int:
         raise UserError('--gpus is a whole number from 1 on.')
     run = read_run(args.run_dir)
     print(format_run(run, args.recipe, args.gpus))
-    if args.plot is not None:
-        plot_run(run, args.plot)
     return 1 if symptoms(run) else 0

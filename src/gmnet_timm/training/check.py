@@ -4,12 +4,11 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from gmnet_timm.errors import UserError, listed, printable, require, shown
-from gmnet_timm.files import replacing
+from gmnet_timm.errors import UserError, listed, printable, shown
 from gmnet_timm.training.recipe import RECIPES, Layout, load_recipe
 from gmnet_timm.weights.runs import ARGS_NAME, Epoch, TrainingRun, is_finite
 
-__all__ = ['deviations', 'format_run', 'plot_run', 'symptoms']
+__all__ = ['deviations', 'format_run', 'symptoms']
 
 # Of what recipes set: which model, how fast it is trained and what is kept. Accumulation counts through the global
 # batch size, which is compared.
@@ -112,36 +111,6 @@ def format_run(run: TrainingRun, recipe: str = 'imagenet', world_size: int | Non
         *(('note', note) for note in run.notes),
     ]
     return '\n'.join(f'{name + ":":<19}{printable(text)}' for name, text in rows)
-
-
-def plot_run(run: TrainingRun, path: str | Path) -> None:
-    """Draw loss, top-1 and learning rate by epoch.
-
-    Args:
-        run: From `read_run`.
-        path: PNG file to write.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-        UserError: There is no epoch to draw, or the file cannot be written.
-    """
-    if not run.epochs:
-        raise UserError(f'{run.path} has no complete epoch in summary.csv, so there is nothing to draw.')
-    figure = require('matplotlib.figure', 'plot').Figure(figsize=(6, 8), layout='constrained')
-    loss, top1, lr = figure.subplots(3, sharex=True)
-    epochs = [e.epoch for e in run.epochs]
-    loss.plot(epochs, [_number(e.train_loss) for e in run.epochs], label='training')
-    loss.plot(epochs, [_number(e.eval_loss) for e in run.epochs], label='validation')
-    top1.plot(epochs, [_number(e.top1) for e in run.epochs])
-    lr.plot(epochs, [_number(e.lr) for e in run.epochs])
-    loss.set_title(printable(run.path.name), parse_math=False)  # a dollar sign in a name does not start a formula
-    loss.set(ylabel='loss')
-    loss.legend()
-    top1.set(ylabel='top-1 (%)')
-    lr.set(ylabel='learning rate', xlabel='epoch')
-    lr.xaxis.get_major_locator().set_params(integer=True)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, format='png')
 
 
 def _effective(args: dict[str, Any]) -> dict[str, Any]:

@@ -69,11 +69,6 @@ class Epoch:
         """Validation accuracy in percent."""
         return self.values.get('eval_top5')
 
-    @property
-    def lr(self) -> float | None:
-        """Learning rate, the mean over the parameter groups."""
-        return self.values.get('lr')
-
 
 @dataclasses.dataclass(frozen=True)
 class RunCheckpoint:
