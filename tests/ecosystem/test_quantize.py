@@ -29,7 +29,7 @@ def processor_seconds():
     return usage.ru_utime + usage.ru_stime
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1200)
 def test_demo_learns_and_int8_keeps_the_accuracy(tmp_path):
     """With three fifths of the training of `make demo`, which learns more.
 
