@@ -1,5 +1,4 @@
 """The examples reach on unseen parts of their photographs what they are there to show."""
-import ast
 import re
 import subprocess
 import sys
@@ -30,9 +29,6 @@ def test_detection(tmp_path):
     assert coins == 6 and found >= 5 and wrong <= 3
 
 
-def test_they_are_short_and_have_help():
+def test_they_are_short():
     for name in ('segmentation.py', 'detection.py'):
-        source = (EXAMPLES / name).read_text(encoding='utf-8')
-        assert len(source.splitlines()) < 65, name
-        done = subprocess.run([sys.executable, EXAMPLES / name, '--help'], capture_output=True, text=True, check=True)
-        assert ast.get_docstring(ast.parse(source))[:40] in done.stdout and 'step' not in done.stdout, name
+        assert len((EXAMPLES / name).read_text(encoding='utf-8').splitlines()) < 65, name
