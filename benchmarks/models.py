@@ -75,7 +75,7 @@ def split(spec: str) -> tuple[str, dict[str, Any]]:
     try:
         ParseKwargs([], 'kwargs')(argparse.ArgumentParser(), parsed, pairs)
     except ValueError as e:
-        raise UserError(f'{" ".join(pairs)} are not arguments of {name}: write KEY=VALUE.') from e
+        raise UserError(f'Arguments of {name} are written KEY=VALUE, not {" ".join(pairs)}.') from e
     return name, parsed.kwargs
 
 

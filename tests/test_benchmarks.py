@@ -87,7 +87,7 @@ def test_arguments_behind_a_name():
     assert find('shvit_s4 act_layer=gelu').img_size == 256 and find('shvit_s4 act_layer=gelu').top1 is None
     net = create(Model('gmnet_s1 gate=fc', 32))
     assert net.stages[0][1].gate.conv.weight.shape == (120, 120, 1, 1)
-    with pytest.raises(UserError, match='gate are not arguments of gmnet_s1: write KEY=VALUE'):
+    with pytest.raises(UserError, match='Arguments of gmnet_s1 are written KEY=VALUE, not gate'):
         split('gmnet_s1 gate')
 
 
